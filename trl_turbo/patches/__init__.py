@@ -1,0 +1,14 @@
+"""The built-in plugins: one module or package a seam, each with a ``turbo_patches`` hook.
+
+They import torch and trl only inside ``probe`` and ``build``, so that ``trl_turbo.patch()`` imports neither.
+"""
+
+from __future__ import annotations
+
+#: Plugin modules that come with the package, in the order in which their patches apply.
+BUILTIN: tuple[str, ...] = ("trl_turbo.patches.logprob",)
+
+#: Keywords of ``patch()`` that exist whether or not the plugin module behind them can be imported.
+FEATURES: dict[str, str] = {
+    "logprob": "fused per-token log-prob, entropy and DPO statistics that never form a [N, V] tensor",
+}

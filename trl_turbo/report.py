@@ -1,0 +1,231 @@
+"""What is patched, in a table that is also data."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+logger = logging.getLogger("trl_turbo")
+
+
+class Status(str, Enum):
+    """Where a patch stands; compares equal to its plain string."""
+
+    APPLIED = "applied"
+    PENDING = "pending"
+    SKIPPED = "skipped"
+    OFF = "off"
+    BLOCKED = "blocked"
+    FAILED = "failed"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: Unique name of the patch, or ``plugin.<name>`` for a plugin that could not be used.
+        feature: Keyword of ``patch()`` that turns it off.
+        status: Where it stands.
+        reason: Why, in words; what it replaces where it is applied.
+        target: Dotted name of the module it patches.
+        summary: What it does, in one line.
+        source: The plugin that brought it.
+    """
+
+    name: str
+    feature: str
+    status: Status
+    reason: str = ""
+    target: str = ""
+    summary: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a patch found at run time and the user should know."""
+
+    feature: str
+    text: str
+
+
+class NoteLog:
+    """The notes of one session, shared by every report of it. Thread-safe; a repeated note is kept and logged once."""
+
+    def __init__(self, notes: Iterable[Note] = ()) -> None:
+        self._lock = threading.Lock()
+        self._notes: dict[Note, None] = dict.fromkeys(notes)
+
+    def add(self, feature: str, text: str) -> None:
+        note = Note(feature, text)
+        with self._lock:
+            if note in self._notes:
+                return
+            self._notes[note] = None
+        # Outside the lock: a logging handler may do anything, a note included.
+        logger.warning("%s: %s", feature, text)
+
+    def __iter__(self) -> Iterator[Note]:
+        with self._lock:
+            return iter(tuple(self._notes))
+
+
+class Report:
+    """The state that ``patch()``, ``unpatch()`` and ``status()`` return.
+
+    The rows are those of the moment of the call. The notes belong to the session, so that a report printed at the end
+    of training shows what was noted meanwhile.
+
+    Args:
+        rows: The rows, in the order in which patches apply.
+        versions: Version of each package of interest, ``None`` where it is not installed.
+        notes: The session's notes.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row] = (),
+        versions: Mapping[str, str | None] | None = None,
+        notes: NoteLog | None = None,
+    ) -> None:
+        self.rows: tuple[Row, ...] = tuple(rows)
+        self.versions: dict[str, str | None] = dict(versions or {})
+        self._notes = notes if notes is not None else NoteLog()
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """The notes taken so far, each once."""
+        return tuple(self._notes)
+
+    def note(self, feature: str, text: str) -> None:
+        """Add a note; it is shown in the table and logged once as a warning.
+
+        Args:
+            feature: The feature it is about, such as ``"logprob"``.
+            text: What was found, in a sentence.
+        """
+        self._notes.add(feature, text)
+
+    def by_status(self, *statuses: Status | str) -> tuple[Row, ...]:
+        """Return the rows with one of these statuses, in table order."""
+        wanted = {Status(status) for status in statuses}
+        return tuple(row for row in self.rows if row.status in wanted)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __contains__(self, name: object) -> bool:
+        return any(row.name == name for row in self.rows)
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        known = ", ".join(row.name for row in self.rows) or "none"
+        raise KeyError(f"no row is called {name!r}; the rows are: {known}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Report):
+            return NotImplemented
+        return self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # the notes of a report grow
+
+    def __repr__(self) -> str:
+        return f"<Report {self.headline()}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain dicts, lists and strings."""
+        rows = [{**asdict(row), "status": row.status.value} for row in self.rows]
+        return {"versions": dict(self.versions), "rows": rows, "notes": [asdict(note) for note in self.notes]}
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """Return :meth:`to_dict` as JSON text."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Rebuild a report from :meth:`to_dict`.
+
+        Raises:
+            KeyError: A part of the report is missing.
+            TypeError: A row or a note has a field that is not known.
+            ValueError: A row has a status that is not known.
+        """
+        rows = [Row(**{**row, "status": Status(row["status"])}) for row in data["rows"]]
+        return cls(rows, data["versions"], NoteLog(Note(**note) for note in data["notes"]))
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Rebuild a report from :meth:`to_json`; raises what :meth:`from_dict` raises."""
+        import json
+
+        return cls.from_dict(json.loads(text))
+
+    def headline(self) -> str:
+        """Return the counts in one line, with the reason of each row that was skipped, failed or is blocked."""
+        parts = []
+        for status in Status:
+            rows = self.by_status(status)
+            if not rows:
+                continue
+            part = f"{len(rows)} {status}"
+            if status in (Status.SKIPPED, Status.FAILED, Status.BLOCKED):
+                part += f" ({'; '.join(f'{row.name}: {row.reason}' for row in rows)})"
+            parts.append(part)
+        return ", ".join(parts) or "nothing is patched"
+
+    def __str__(self) -> str:
+        lines = [" | ".join(f"{name} {version or 'not installed'}" for name, version in self.versions.items())]
+        if self.rows:
+            table = [("status", "patch", "target", "what, or why not")]
+            for status in Status:
+                table += [
+                    (status.value, row.name, row.target, _explain(row)) for row in self.rows if row.status is status
+                ]
+            widths = [max(len(cells[column]) for cells in table) for column in range(3)]
+            lines += [
+                "  ".join([*(c.ljust(w) for c, w in zip(cells, widths, strict=False)), cells[3]]).rstrip()
+                for cells in table
+            ]
+        else:
+            lines.append("nothing is patched: call trl_turbo.patch()")
+        lines += [f"note  {note.feature}: {note.text}" for note in self.notes]
+        return "\n".join(line for line in lines if line)
+
+
+def _explain(row: Row) -> str:
+    if row.status is Status.APPLIED:
+        return row.summary
+    return row.reason or row.summary
+
+
+_current: Report | None = None
+
+
+def set_current(report: Report | None) -> None:
+    """Say to which report :func:`note` goes. Called by the session."""
+    global _current
+    _current = report
+
+
+def note(feature: str, text: str) -> None:
+    """Add a note to the report of the running session; does nothing while nothing is patched.
+
+    Args:
+        feature: The feature it is about, such as ``"logprob"``.
+        text: What was found, in a sentence.
+    """
+    report = _current
+    if report is not None:
+        report.note(feature, text)
