@@ -51,7 +51,8 @@ class Switchable:
         self._wrappers = tuple(wrappers.values())
         self.installed: Any
         if self._kind is property:
-            self.installed = property(*wrappers.values(), doc=original.__doc__)
+            fget, fset, fdel = self._wrappers
+            self.installed = property(fget, fset, fdel, original.__doc__)
         elif self._kind is FunctionType:
             self.installed = wrappers[""]
         else:

@@ -1,29 +1,65 @@
-"""The session: patch, unpatch, status."""
+"""``patch()``, ``unpatch()`` and ``status()``: the one session of the process."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from trl_turbo._plan import Sources
+from trl_turbo._session import PatchError, Session
+from trl_turbo.patches import BUILTIN, FEATURES
 from trl_turbo.report import Report
 
+__all__ = ["PatchError", "engine", "patch", "patch_trl", "status", "unpatch"]
 
-class PatchError(RuntimeError):
-    """A patch did not apply under ``strict=True``."""
+_session = Session(Sources(builtin=BUILTIN, features=tuple(FEATURES)))
 
 
 def patch(
     *, strict: bool = False, verbose: bool | None = None, logprob: bool | None = None, **features: bool | None
 ) -> Report:
-    """Patch TRL."""
-    raise NotImplementedError
+    """Patch TRL in place. Call it anywhere in a script, before or after the imports.
+
+    Modules that are imported already are patched at once, the others when they are imported. A second call changes only
+    what it asks for differently: each call states every switch anew.
+
+    Args:
+        strict: Raise where a patch is skipped or fails, after taking everything back; for a module that is imported
+            later, raise from that import. What is turned off by a switch is no error.
+        verbose: ``None`` logs one line to the logger ``trl_turbo``, ``True`` the table as well, ``False`` nothing.
+        logprob: The fused log-prob in GRPO, RLOO, DPO, OnlineDPO and PPO.
+        **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
+            ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default.
+            ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
+
+    Returns:
+        What is applied, pending, skipped and why: print it, or read its rows.
+
+    Raises:
+        TypeError: A keyword names no feature, or its value is neither a bool nor ``None``.
+        ValueError: A switch in the environment is neither on nor off.
+        PatchError: Under ``strict``, a patch was skipped or failed.
+    """
+    return _session.patch(strict=strict, verbose=verbose, features={"logprob": logprob, **features})
 
 
 patch_trl = patch
 
 
 def unpatch() -> Report:
-    """Take every patch back."""
-    raise NotImplementedError
+    """Take every patch back: classes and modules are what they were before. Harmless where nothing is patched.
+
+    Returns:
+        The rows, all ``off``, save those that are ``blocked``: somebody else has wrapped what we had wrapped. Ours
+        passes through to the original there, and the next ``unpatch()`` after theirs is gone removes it.
+    """
+    return _session.unpatch()
 
 
 def status() -> Report:
-    """Return the current state."""
-    return Report()
+    """Return where every patch stands now; without rows before the first ``patch()``."""
+    return _session.status()
+
+
+def engine(config: Any) -> object | None:
+    """Return the generation engine that a plugin has for ``config``, or ``None``."""
+    return _session.engine(config)

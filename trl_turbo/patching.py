@@ -21,7 +21,7 @@ class _Absent:
 ABSENT = _Absent()
 
 
-def _fits(module: ModuleType) -> str | None:
+def _fits(_module: ModuleType) -> str | None:
     return None
 
 

@@ -65,6 +65,7 @@ class NoteLog:
         self._notes: dict[Note, None] = dict.fromkeys(notes)
 
     def add(self, feature: str, text: str) -> None:
+        """Keep and log a note, unless it is there already."""
         note = Note(feature, text)
         with self._lock:
             if note in self._notes:
