@@ -5,24 +5,26 @@ Importing this package imports neither torch nor trl, so that the line can stand
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trl_turbo.api import PatchError, patch, patch_trl, status, unpatch
+from trl_turbo.api import patch, patch_trl, status, unpatch
 
 if TYPE_CHECKING:
+    from trl_turbo._session import PatchError as PatchError
     from trl_turbo.hookspecs import hookimpl as hookimpl
 
 __version__ = "0.1.0"
 
 __all__ = ["PatchError", "__version__", "hookimpl", "patch", "patch_trl", "status", "unpatch"]
 
+# Imported when first asked for: pluggy and the session are not for every script that imports the package.
+_LATE = {"PatchError": "trl_turbo._session", "hookimpl": "trl_turbo.hookspecs"}
+
 
 def __getattr__(name: str) -> Any:
-    # pluggy is imported by the first plugin that asks for the marker, not by every script that imports the package.
-    if name == "hookimpl":
-        from trl_turbo.hookspecs import hookimpl
-
-        return hookimpl
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -107,7 +107,7 @@ def settle(name: str) -> ModuleType | None:
     That thread may have asked the finders before the hook was among them, and would then run the module unseen.
     """
     module = loaded(name)
-    locks: dict[str, Any] = getattr(importlib._bootstrap, "_module_locks", {})  # type: ignore[attr-defined]
+    locks: dict[str, Any] = getattr(importlib._bootstrap, "_module_locks", {})
     deadline = time.monotonic() + _SETTLE_S
     while module is None and name in locks and locks[name]() is not None and time.monotonic() < deadline:
         time.sleep(0.001)

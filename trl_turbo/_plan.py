@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -140,7 +139,7 @@ def _load(sources: Sources, switches: Switches) -> Plugins:
 def _own_version() -> dict[str, str | None]:
     from trl_turbo import __version__
 
-    return {"trl_turbo": __version__, "python": platform.python_version()}
+    return {"trl_turbo": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
 
 
 def _env(found: Mapping[str, str | None], features: Mapping[str, bool]) -> Any:

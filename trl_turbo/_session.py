@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from trl_turbo import _import_hook, _plan, report
+from trl_turbo import _import_hook, _plan, patching, report
 from trl_turbo._features import Switches
 from trl_turbo._plan import Intent, Plan, Sources
-from trl_turbo.patching import Ledger, Patch
+from trl_turbo.patching import Ledger, Patch, Replacement
 from trl_turbo.report import NoteLog, Report, Row, Status
 
 logger = logging.getLogger("trl_turbo")
@@ -37,16 +37,17 @@ class _State:
     source: str
     status: Status
     reason: str = ""
+    settled: bool = False  # decided without its module: off, out of range or vetoed
     module: ModuleType | None = None  # the one it was last tried on
 
     @classmethod
     def of(cls, intent: Intent) -> _State:
         if intent.off:
-            return cls(intent.patch, intent.source, Status.OFF, intent.off)
+            return cls(intent.patch, intent.source, Status.OFF, intent.off, settled=True)
         if intent.fail:
-            return cls(intent.patch, intent.source, Status.FAILED, intent.fail)
+            return cls(intent.patch, intent.source, Status.FAILED, intent.fail, settled=True)
         if intent.skip:
-            return cls(intent.patch, intent.source, Status.SKIPPED, intent.skip)
+            return cls(intent.patch, intent.source, Status.SKIPPED, intent.skip, settled=True)
         return cls(intent.patch, intent.source, Status.PENDING, _PENDING.format(intent.patch.module))
 
     @property
@@ -102,6 +103,7 @@ class Session:
             found = self._publish()
             if plan is not None:
                 report.set_current(None)
+                patching.set_current(None)
                 self._notes = NoteLog()
         if plan is not None:
             self._announce(found, verbose, plan)
@@ -121,6 +123,16 @@ class Session:
         with self._lock:
             plan = self._plan
         return plan.plugins.call("turbo_engine", config=config) if plan is not None else None
+
+    def _extend(self, name: str, replacement: Replacement) -> None:
+        """Serve :func:`trl_turbo.patching.extend`."""
+
+        def wanted() -> bool:
+            state = self._states.get(name)
+            return self._plan is not None and state is not None and state.status is not Status.OFF
+
+        if wanted() and not self._ledger.stands(name, replacement):
+            self._ledger.replace(name, (replacement,), wanted=wanted)
 
     # -- intent ------------------------------------------------------------------------------------------------------
 
@@ -143,6 +155,7 @@ class Session:
             self._clear_kernels(old)
             self._set_kernels(new)
             report.set_current(self._publish())
+            patching.set_current(self._extend)
         for sentence in new.warnings:
             self._notes.add("switches", sentence)
         return True
@@ -157,7 +170,8 @@ class Session:
         gone = [name for name, state in self._states.items() if states.get(name) is not state]
         self._states = states
         self._ledger.restore(gone)
-        watched = {s.patch.module for s in states.values() if s.status is Status.PENDING or s.module is not None}
+        # What is skipped is watched too: it is worth a warning only where its module is used.
+        watched = {state.patch.module for state in states.values() if state.status is not Status.OFF}
         self._watched = frozenset(watched)
         self._hook.watch(self._watched)
 
@@ -191,19 +205,18 @@ class Session:
             if name not in self._watched:
                 return
             self._ledger.forget_overwritten(module)
-            todo = [s for s in self._states.values() if s.patch.module == name and self._wants(s)]
+            concerned = [s for s in self._states.values() if s.patch.module == name and s.status is not Status.OFF]
+            todo = [state for state in concerned if not state.settled]
             for state in todo:
                 state.module = None
-        self._finish_import(name, todo, module)
+        self._finish_import(name, concerned, todo, module)
 
     def _ended(self, name: str, module: ModuleType) -> None:
         """A module that was running when it was first looked for has ended."""
         todo = [state for state in self._waiting() if state.patch.module == name]
-        self._finish_import(name, todo, module)
+        self._finish_import(name, todo, todo, module)
 
-    def _finish_import(self, name: str, todo: list[_State], module: ModuleType) -> None:
-        if not todo:
-            return
+    def _finish_import(self, name: str, concerned: list[_State], todo: list[_State], module: ModuleType) -> None:
         try:
             for state in todo:
                 self._try(state, module)
@@ -219,18 +232,13 @@ class Session:
                         state.status, state.reason = Status.PENDING, _PENDING.format(name)
             if strict and bad:
                 raise PatchError(f"{name} was imported under patch(strict=True): {_reasons(bad)}")
-            if plan is not None:
-                self._announce(found, None, plan, only=names)
+            if plan is not None and concerned:
+                self._announce(found, None, plan, only={state.patch.name for state in concerned})
         except PatchError:
             raise
         except Exception:
             # An import of the user's must not break for us.
             logger.exception("trl_turbo could not finish patching %s; call trl_turbo.status()", name)
-
-    def _wants(self, state: _State) -> bool:
-        return self._states.get(state.patch.name) is state and (
-            state.status is Status.PENDING or state.module is not None
-        )
 
     def _try(self, state: _State, module: ModuleType) -> None:
         """Apply one patch to its module; the outcome, whatever it is, goes into the state."""
@@ -283,7 +291,10 @@ class Session:
         if verbose is False:
             return
         shown = found if only is None else Report([row for row in found if row.name in set(only)])
-        level = logging.WARNING if shown.by_status(Status.SKIPPED, Status.FAILED, Status.BLOCKED) else logging.INFO
+        bad = shown.by_status(Status.FAILED, Status.BLOCKED) or any(
+            _import_hook.loaded(row.target) for row in shown.by_status(Status.SKIPPED)
+        )
+        level = logging.WARNING if bad else logging.INFO
         logger.log(level, "trl_turbo %s: %s", found.versions.get("trl_turbo"), shown.headline())
         if verbose:
             logger.info("%s", found)

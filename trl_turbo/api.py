@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_turbo._plan import Sources
-from trl_turbo._session import PatchError, Session
-from trl_turbo.patches import BUILTIN, FEATURES
-from trl_turbo.report import Report
+if TYPE_CHECKING:
+    from trl_turbo.report import Report
 
-__all__ = ["PatchError", "engine", "patch", "patch_trl", "status", "unpatch"]
+# The session's module is imported by the first call: a script that only imports the package pays nothing for it.
 
-_session = Session(Sources(builtin=BUILTIN, features=tuple(FEATURES)))
+__all__ = ["engine", "patch", "patch_trl", "status", "unpatch"]
 
 
 def patch(
@@ -39,7 +37,9 @@ def patch(
         ValueError: A switch in the environment is neither on nor off.
         PatchError: Under ``strict``, a patch was skipped or failed.
     """
-    return _session.patch(strict=strict, verbose=verbose, features={"logprob": logprob, **features})
+    from trl_turbo._process import session
+
+    return session.patch(strict=strict, verbose=verbose, features={"logprob": logprob, **features})
 
 
 patch_trl = patch
@@ -52,14 +52,20 @@ def unpatch() -> Report:
         The rows, all ``off``, save those that are ``blocked``: somebody else has wrapped what we had wrapped. Ours
         passes through to the original there, and the next ``unpatch()`` after theirs is gone removes it.
     """
-    return _session.unpatch()
+    from trl_turbo._process import session
+
+    return session.unpatch()
 
 
 def status() -> Report:
     """Return where every patch stands now; without rows before the first ``patch()``."""
-    return _session.status()
+    from trl_turbo._process import session
+
+    return session.status()
 
 
 def engine(config: Any) -> object | None:
     """Return the generation engine that a plugin has for ``config``, or ``None``."""
-    return _session.engine(config)
+    from trl_turbo._process import session
+
+    return session.engine(config)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from trl_turbo._switch import Switchable
+from trl_turbo._switch import replacement_of as replacement_of
 
 
 class _Absent:
@@ -21,6 +23,10 @@ class _Absent:
 ABSENT = _Absent()
 
 
+# Where an instance keeps the entries of its own attributes.
+_ENTRIES = "_trl_turbo_entries"
+
+
 def _fits(_module: ModuleType) -> str | None:
     return None
 
@@ -30,7 +36,8 @@ class Replacement:
     """One attribute to replace.
 
     Attributes:
-        owner: The class or module that has it. For a method, the class to change in place.
+        owner: The class or module that has it. For a method, the class to change in place. An instance is taken too,
+            and is not kept alive.
         attr: Its name.
         wrap: Receives the raw original (``vars(owner).get(attr)``, or the inherited one, so a ``staticmethod`` object
             for a static method) and returns the new value, of the same kind or a bare function. It must be free of
@@ -44,7 +51,8 @@ class Replacement:
     @property
     def label(self) -> str:
         """``Class.attr`` or ``module.attr``, as shown to a user."""
-        return f"{getattr(self.owner, '__qualname__', None) or getattr(self.owner, '__name__', self.owner)}.{self.attr}"
+        named = self.owner if isinstance(self.owner, (type, ModuleType)) else type(self.owner)
+        return f"{getattr(named, '__qualname__', named.__name__)}.{self.attr}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class Ledger:
 
     def __init__(self, lock: AbstractContextManager[Any] | None = None) -> None:
         self._lock = lock if lock is not None else threading.RLock()
-        self._entries: list[_Entry] = []
+        self._kept: list[Callable[[], _Entry | None]] = []
 
     def apply(
         self, patch: Patch, module: ModuleType, *, wanted: Callable[[], bool] = lambda: True
@@ -128,10 +136,16 @@ class Ledger:
         Raises:
             Exception: What ``build``, ``wrap`` or setting an attribute raised; nothing of the patch is left in place.
         """
-        replacements = tuple(patch.build(module))
-        self._validate(patch, replacements)
+        return self.replace(patch.name, patch.build(module), wanted=wanted)
+
+    def replace(
+        self, name: str, replacements: Iterable[Replacement], *, wanted: Callable[[], bool] = lambda: True
+    ) -> tuple[str, ...] | None:
+        """Apply replacements as one unit under the name of a patch; see :meth:`apply`."""
+        replacements = tuple(replacements)
+        self._validate(name, replacements)
         while True:
-            prepared = [self._prepare(patch, replacement) for replacement in replacements]
+            prepared = [self._prepare(name, replacement) for replacement in replacements]
             with self._lock:
                 if not wanted():
                     return None
@@ -140,25 +154,35 @@ class Ledger:
                     return tuple(replacement.label for replacement in replacements)
             # Another thread changed one of the attributes since: wrap what stands there now.
 
+    def stands(self, name: str, replacement: Replacement) -> bool:
+        """Whether the patch has replaced this attribute, and its value is still there."""
+        with self._lock:
+            return any(
+                entry.live and entry.patch == name and entry.current() is entry.installed
+                for entry in self._entries()
+                if entry.is_at(replacement.owner, replacement.attr)
+            )
+
     def restore(self, names: Iterable[str] | None = None) -> None:
         """Take back the patches called ``names`` (all by default), newest first, and whatever was left over before."""
         with self._lock:
             chosen = None if names is None else set(names)
-            for entry in reversed(self._entries.copy()):
+            for entry in reversed(self._entries()):
                 if entry.live and (chosen is None or entry.patch in chosen):
                     self._turn_off(entry)
                 if not entry.live and entry.current() is entry.installed:
                     self._put_back(entry)
-                    self._entries.remove(entry)
+                    self._drop(entry)
 
     def blocked(self) -> dict[str, tuple[str, ...]]:
         """Return, for each patch that could not be taken out, the labels where somebody else's value stands."""
         with self._lock:
             found: dict[str, tuple[str, ...]] = {}
-            for index, entry in enumerate(self._entries):
+            entries = self._entries()
+            for index, entry in enumerate(entries):
                 # One of our own, live and above it, is no blockage: it goes with that one.
                 replacement = entry.replacement
-                above = self._entries[index + 1 :]
+                above = entries[index + 1 :]
                 if entry.live or any(e.live and e.is_at(replacement.owner, replacement.attr) for e in above):
                     continue
                 found[entry.patch] = (*found.get(entry.patch, ()), replacement.label)
@@ -167,32 +191,55 @@ class Ledger:
     def forget_overwritten(self, module: ModuleType) -> None:
         """Drop entries on ``module`` whose value is gone because the module ran again (``importlib.reload``)."""
         with self._lock:
-            for entry in self._entries.copy():
+            for entry in self._entries():
                 if entry.replacement.owner is module and entry.current() is not entry.installed:
                     self._turn_off(entry)
-                    self._entries.remove(entry)
+                    self._drop(entry)
+
+    def _entries(self) -> list[_Entry]:
+        found = [(kept, kept()) for kept in self._kept]
+        self._kept = [kept for kept, entry in found if entry is not None]
+        return [entry for _, entry in found if entry is not None]
+
+    def _keep(self, entry: _Entry) -> None:
+        owner = entry.replacement.owner
+        if isinstance(owner, (type, ModuleType)):
+            self._kept.append(lambda: entry)
+        else:
+            # What stood there is most often bound to the instance: the ledger would keep a whole model alive. Kept by
+            # the instance itself, the entry goes with it.
+            vars(owner).setdefault(_ENTRIES, []).append(entry)
+            self._kept.append(weakref.ref(entry))
+
+    def _drop(self, entry: _Entry) -> None:
+        self._kept = [kept for kept in self._kept if kept() is not entry]
+        owner = entry.replacement.owner
+        if not isinstance(owner, (type, ModuleType)):
+            vars(owner)[_ENTRIES].remove(entry)
+            if not vars(owner)[_ENTRIES]:
+                del vars(owner)[_ENTRIES]
 
     @staticmethod
-    def _validate(patch: Patch, replacements: tuple[Replacement, ...]) -> None:
+    def _validate(name: str, replacements: tuple[Replacement, ...]) -> None:
         seen: set[tuple[int, str]] = set()
         for replacement in replacements:
             if not isinstance(replacement, Replacement):
-                raise TypeError(f"build of {patch.name} returned {replacement!r}; return Replacement objects")
-            if not isinstance(replacement.owner, (type, ModuleType)):
+                raise TypeError(f"{name} was built from {replacement!r}; build it from Replacement objects")
+            if not hasattr(replacement.owner, "__dict__"):
                 raise TypeError(
-                    f"build of {patch.name} names {replacement.owner!r} as owner of {replacement.attr!r}; "
-                    "name the class or the module"
+                    f"{name} names {replacement.owner!r} as owner of {replacement.attr!r}, which has no attributes to "
+                    "set; name the class or the module"
                 )
             key = (id(replacement.owner), replacement.attr)
             if key in seen:
-                raise ValueError(f"build of {patch.name} replaces {replacement.label} twice; combine the two")
+                raise ValueError(f"{name} replaces {replacement.label} twice; combine the two")
             seen.add(key)
 
-    def _prepare(self, patch: Patch, replacement: Replacement) -> _Prepared:
+    def _prepare(self, name: str, replacement: Replacement) -> _Prepared:
         owner, attr = replacement.owner, replacement.attr
         before = vars(owner).get(attr, ABSENT)
         with self._lock:
-            entry = next((e for e in self._entries if e.patch == patch.name and e.is_at(owner, attr)), None)
+            entry = next((e for e in self._entries() if e.patch == name and e.is_at(owner, attr)), None)
         if entry is not None and self._in_chain(entry, before):
             new = replacement.wrap(entry.original)
             if entry.switch is not None:
@@ -204,7 +251,7 @@ class Ledger:
         if switch is not None:
             switch.check(new)
         installed = new if switch is None else switch.installed
-        return _Prepared(_Entry(patch.name, replacement, before, original, installed, switch), new, before, fresh=True)
+        return _Prepared(_Entry(name, replacement, before, original, installed, switch), new, before, fresh=True)
 
     @staticmethod
     def _in_chain(entry: _Entry, value: Any) -> bool:
@@ -215,7 +262,7 @@ class Ledger:
         return entry.switch is not None and entry.switch.reached_from(value, dict(vars(entry.replacement.owner)))
 
     def _still_holds(self, item: _Prepared) -> bool:
-        return item.entry.current() is item.before and (item.fresh or item.entry in self._entries)
+        return item.entry.current() is item.before and (item.fresh or item.entry in self._entries())
 
     def _install(self, prepared: list[_Prepared]) -> None:
         done: list[_Prepared] = []
@@ -224,7 +271,7 @@ class Ledger:
                 entry = item.entry
                 if item.fresh:
                     setattr(entry.replacement.owner, entry.replacement.attr, entry.installed)
-                    self._entries.append(entry)
+                    self._keep(entry)
                 done.append(item)
                 entry.live = True
                 if entry.switch is not None:
@@ -234,7 +281,7 @@ class Ledger:
                 self._turn_off(item.entry)
                 if item.fresh:
                     self._put_back(item.entry)
-                    self._entries.remove(item.entry)
+                    self._drop(item.entry)
             raise
 
     @staticmethod
@@ -253,10 +300,36 @@ class Ledger:
 
 def _inherited(replacement: Replacement) -> Any:
     owner, attr = replacement.owner, replacement.attr
-    scopes: Iterator[Any] = iter(owner.__mro__[1:]) if isinstance(owner, type) else iter(())
-    for scope in scopes:
-        if attr in vars(scope):
-            return vars(scope)[attr]
-    if isinstance(owner, ModuleType) and hasattr(owner, attr):  # a module with a lazy __getattr__
+    if isinstance(owner, type):
+        for scope in owner.__mro__[1:]:
+            if attr in vars(scope):
+                return vars(scope)[attr]
+    elif hasattr(owner, attr):  # a module with a lazy __getattr__, or an instance
         return getattr(owner, attr)
     raise AttributeError(f"{replacement.label} does not exist; the patch was written for another version of it")
+
+
+_extend: Callable[[str, Replacement], None] | None = None
+
+
+def set_current(function: Callable[[str, Replacement], None] | None) -> None:
+    """Say who serves :func:`extend`. Called by the session."""
+    global _extend
+    _extend = function
+
+
+def extend(name: str, replacement: Replacement) -> None:
+    """Add a replacement to a patch that is on, at run time; it is taken back when the patch is.
+
+    For what is only known once a script runs, such as the class of its model; the owner may be an instance. Where the
+    replacement stands already, nothing is built; while nothing is patched, nothing happens.
+
+    Args:
+        name: Name of the patch.
+        replacement: What to replace.
+
+    Raises:
+        Exception: What ``wrap`` or setting the attribute raised; it is not left in place.
+    """
+    if _extend is not None:
+        _extend(name, replacement)
