@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,8 +26,19 @@ def backend(device: torch.device, dtype: torch.dtype) -> Any:
     return kernel
 
 
+class Piece(NamedTuple):
+    """A slice of the head, in the compute dtype."""
+
+    start: int
+    end: int
+    weight: torch.Tensor  # [w, H]
+    weight_t: torch.Tensor  # [H, w]
+    bias: torch.Tensor | None  # [w]
+    b: torch.Tensor | None  # [w, R]
+
+
 class Head:
-    """The output head, handed out a slice of the vocabulary at a time in the compute dtype."""
+    """The output head, handed out a slice of the vocabulary at a time."""
 
     def __init__(
         self,
@@ -36,14 +47,22 @@ class Head:
         b: torch.Tensor | None,  # [V, R]
         dtype: torch.dtype,
     ):
-        self.weight, self.bias, self.b, self.dtype = weight, bias, b, dtype
+        self.weight, self.b, self.dtype = weight, b, dtype
+        self.bias = None if bias is None else bias.contiguous()
 
-    def slice(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """`weight[start:end]` [w, H], `bias` [w] and `b` [w, R]: views where dtype and strides allow, never [V, H]."""
-        weight = _dense(self.weight[start:end], self.dtype)
-        bias = None if self.bias is None else self.bias[start:end].contiguous()
-        b = None if self.b is None else _dense(self.b[start:end], self.dtype)
-        return weight, bias, b
+    def pieces(self, columns: int) -> Callable[[], Iterable[Piece]]:
+        """The slices, as often as asked: views made once where dtype and strides allow, else cast one after the other."""
+        spans = split(self.weight.shape[0], columns)
+        if all(x is None or dense(x[:columns], self.dtype).data_ptr() == x.data_ptr() for x in (self.weight, self.b)):
+            views = [self._piece(*span) for span in spans]
+            return lambda: views
+        return lambda: (self._piece(*span) for span in spans)
+
+    def _piece(self, start: int, end: int) -> Piece:
+        weight = dense(self.weight[start:end], self.dtype)
+        bias = None if self.bias is None else self.bias[start:end]
+        b = None if self.b is None else dense(self.b[start:end], self.dtype)
+        return Piece(start, end, weight, weight.t(), bias, b)
 
 
 def forward(
@@ -70,32 +89,28 @@ def forward(
     rows, columns = plan.rows_outer(n, vocab, width, dtype.itemsize, budget)
     out_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if jac_hidden else None
     out_a = torch.empty_like(a, memory_format=torch.contiguous_format) if a is not None and jac_a else None
-    buffer = torch.empty((rows, columns), device=hidden.device, dtype=dtype)
+    tile_of = _Buffer(rows, columns, dtype, hidden.device)
     sums = torch.empty((rows, width), device=hidden.device, dtype=spec.stats_dtype) if width else None
     ops = backend(hidden.device, dtype)
     with plain(hidden.device):
-        for r0, r1 in _pieces(n, rows):
-            hidden_rows = _dense(hidden[r0:r1], dtype)
-            a_rows = None if a is None else _dense(a[r0:r1], dtype)
+        pieces = head.pieces(columns)
+        # The views of a block of rows are made outside of its loop: each costs the host microseconds, a tile not many
+        for r0, r1 in split(n, rows):
+            hidden_rows, targets_rows, stats_rows = dense(hidden[r0:r1], dtype), targets[r0:r1], stats[:, r0:r1]
+            a_rows = None if a is None else dense(a[r0:r1], dtype)
             acc = None if sums is None else sums[: r1 - r0]
-            for v0, v1 in _pieces(vocab, columns):
-                weight, bias, b = head.slice(v0, v1)
-                tile = _logits(hidden_rows, weight, a_rows, b, buffer)
-                ops.fold(tile, bias, targets[r0:r1], stats[:, r0:r1], acc, v0, spec.transform, outputs)
-                if acc is not None and jac_hidden:
-                    _accumulate(acc[:, :h], tile, weight, first=v0 == 0)
-                if acc is not None and b is not None and out_a is not None:
-                    _accumulate(acc[:, width - b.shape[1] :], tile, b, first=v0 == 0)
-            for out, factor, at in ((out_hidden, head.weight, 0), (out_a, head.b, h if jac_hidden else 0)):
-                if acc is not None and out is not None and factor is not None:
-                    ops.jacobian(
-                        acc[:, at : at + out.shape[1]],
-                        stats[:, r0:r1],
-                        factor,
-                        targets[r0:r1],
-                        spec.transform,
-                        out[r0:r1],
-                    )
+            acc_hidden = None if acc is None or not jac_hidden else acc[:, :h]
+            acc_a = None if acc is None or out_a is None else acc[:, width - out_a.shape[1] :]
+            for piece in pieces():
+                tile = tile_of.logits(hidden_rows, piece, a_rows)
+                ops.fold(tile, piece.bias, targets_rows, stats_rows, acc, piece.start, spec.transform, outputs)
+                if acc_hidden is not None:
+                    _accumulate(acc_hidden, tile, piece.weight, first=piece.start == 0)
+                if acc_a is not None and piece.b is not None:
+                    _accumulate(acc_a, tile, piece.b, first=piece.start == 0)
+            for out, factor, part in ((out_hidden, head.weight, acc_hidden), (out_a, head.b, acc_a)):
+                if out is not None and factor is not None and part is not None:
+                    ops.jacobian(part, stats_rows, factor, targets_rows, spec.transform, out[r0:r1])
     return tiles.finish(stats, vocab, outputs), out_hidden, out_a
 
 
@@ -135,31 +150,50 @@ def backward(
     else:
         width = (h if needs_hidden else 0) + (rank if needs_a else 0)
         rows, columns = plan.rows_outer(n, vocab, width, dtype.itemsize, budget)
-    buffer = torch.empty((rows, columns), device=hidden.device, dtype=dtype)
-    row_sums = [_Sum(grads[i], n if head_trains else rows, unit, spec.stats_dtype) for i in (0, 3)]
-    head_sums = [_Sum(grads[i], columns, unit, spec.stats_dtype) for i in (1, 2, 4)]
+    tile_of = _Buffer(rows, columns, dtype, hidden.device)
+    row_sums = [_Sum(grads[i], n if head_trains else rows, vocab <= columns, unit, spec) for i in (0, 3)]
+    head_sums = [_Sum(grads[i], columns, n <= rows, unit, spec) for i in (1, 2, 4)]
     ops = backend(hidden.device, dtype)
+
+    def one(rows: _Rows, piece: Piece) -> None:
+        tile = tile_of.logits(rows.hidden, piece, rows.a)
+        ops.grad_tile(
+            tile,
+            piece.bias,
+            rows.targets,
+            rows.logsumexp,
+            rows.entropy,
+            rows.grad_logps,
+            rows.grad_entropy,
+            piece.start,
+            spec.transform,
+        )
+        for total, other in zip(row_sums, (piece.weight, piece.b), strict=True):
+            total.add(rows.start, rows.end, tile, other, first=piece.start == 0, last=piece.end == vocab)
+        for total, other in zip(head_sums, (rows.hidden, None, rows.a), strict=True):
+            total.add(piece.start, piece.end, tile.t(), other, first=rows.start == 0, last=rows.end == n)
+
     with plain(hidden.device):
-        for (r0, r1), (v0, v1) in _order(_pieces(n, rows), _pieces(vocab, columns), head_trains):
-            hidden_rows = _dense(hidden[r0:r1], dtype)
-            a_rows = None if a is None else _dense(a[r0:r1], dtype)
-            weight, bias, b = head.slice(v0, v1)
-            tile = _logits(hidden_rows, weight, a_rows, b, buffer)
-            ops.grad_tile(
-                tile,
-                bias,
-                targets[r0:r1],
-                logsumexp[r0:r1],
-                None if entropy is None else entropy[r0:r1],
-                None if grad_logps is None else grad_logps[r0:r1],
-                None if grad_entropy is None else grad_entropy[r0:r1],
-                v0,
-                spec.transform,
+        by_row = (targets, logsumexp, entropy, grad_logps, grad_entropy)
+        blocks = [
+            _Rows(
+                r0,
+                r1,
+                dense(hidden[r0:r1], dtype),
+                None if a is None else dense(a[r0:r1], dtype),
+                *(None if x is None else x[r0:r1] for x in by_row),
             )
-            for total, other in zip(row_sums, (weight, b), strict=True):
-                total.add(r0, r1, tile, other, first=v0 == 0, last=v1 == vocab)
-            for total, other in zip(head_sums, (hidden_rows, None, a_rows), strict=True):
-                total.add(v0, v1, tile.t(), other, first=r0 == 0, last=r1 == n)
+            for r0, r1 in split(n, rows)
+        ]
+        pieces = head.pieces(columns)
+        if head_trains:
+            for piece in pieces():
+                for block in blocks:
+                    one(block, piece)
+        else:
+            for block in blocks:
+                for piece in pieces():
+                    one(block, piece)
     return grads
 
 
@@ -171,24 +205,60 @@ def scale_rows(
     out = torch.empty_like(jac)
     if jac.device.type == "cuda":  # one kernel that casts in registers
         return torch.mul(jac, factor.unsqueeze(-1), out=out)
-    for r0, r1 in _pieces(jac.shape[0], plan.MAX_ROWS):
+    for r0, r1 in split(jac.shape[0], 1024):
         out[r0:r1] = jac[r0:r1] * factor[r0:r1].unsqueeze(-1)
     return out
+
+
+class _Rows(NamedTuple):
+    """A block of rows, in the compute dtype."""
+
+    start: int
+    end: int
+    hidden: torch.Tensor  # [n, H]
+    a: torch.Tensor | None  # [n, R]
+    targets: torch.Tensor  # [n]
+    logsumexp: torch.Tensor  # [n]
+    entropy: torch.Tensor | None  # [n]
+    grad_logps: torch.Tensor | None  # [n]
+    grad_entropy: torch.Tensor | None  # [n]
+
+
+class _Buffer:
+    """The one tile that all logits pass through."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device):
+        self.whole = torch.empty((rows, columns), device=device, dtype=dtype)
+
+    def logits(
+        self,
+        hidden: torch.Tensor,  # [n, H]
+        piece: Piece,
+        a: torch.Tensor | None,  # [n, R]
+    ) -> torch.Tensor:
+        """`hidden @ weight.T + a @ b.T` [n, w]; the kernels add the bias, in float32."""
+        shape = hidden.shape[0], piece.weight.shape[0]
+        tile = self.whole if self.whole.shape == shape else self.whole[: shape[0], : shape[1]]
+        torch.mm(hidden, piece.weight_t, out=tile)
+        if a is not None and piece.b is not None:
+            tile.addmm_(a, piece.b.t())
+        return tile
 
 
 class _Sum:
     """A float32 sum of products, and the gradient that it is rounded into once, when the last of them is in."""
 
-    def __init__(self, grad: torch.Tensor | None, length: int, unit: torch.Tensor | None, dtype: torch.dtype):
+    def __init__(self, grad: torch.Tensor | None, length: int, once: bool, unit: torch.Tensor | None, spec: Spec):
         self.grad = None if grad is None else grad.view(grad.shape[0], -1)  # [M, K]; a bias is [V, 1]
         self.unit = unit
-        self.direct = grad is not None and grad.dtype == dtype and unit is None
-        self.buffer = None
-        if self.grad is not None and not self.direct:
-            self.buffer = torch.empty(
-                (min(length, len(self.grad)), self.grad.shape[1]), device=grad.device, dtype=dtype
-            )
-            self.whole = len(self.buffer) == len(self.grad)
+        self.buffer: torch.Tensor | None = None
+        if self.grad is None or (unit is None and self.grad.dtype == spec.stats_dtype):
+            return
+        if once and unit is None and self.grad.dtype == spec.compute_dtype:
+            return  # a single product of matrices of that dtype is summed in float32 and rounded once as it is
+        shape = min(length, len(self.grad)), self.grad.shape[1]
+        self.buffer = torch.empty(shape, device=self.grad.device, dtype=spec.stats_dtype)
+        self.whole = len(self.buffer) == len(self.grad)
 
     def add(
         self,
@@ -218,14 +288,16 @@ class _Sum:
 
 
 def _accumulate(
-    acc: torch.Tensor,  # [M, K] float32
+    acc: torch.Tensor,  # [M, K] float32, or the dtype of x for a single product
     x: torch.Tensor,  # [M, L]
     y: torch.Tensor,  # [L, K]
     *,
     first: bool,
 ) -> None:
     """`acc (+)= x @ y`, summed in float32: rounding each tile's product to bf16 first biases training."""
-    if _MM_OUT_DTYPE and acc.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
+    if first and acc.dtype == x.dtype:
+        torch.mm(x, y, out=acc)
+    elif _MM_OUT_DTYPE and acc.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
         if first:
             torch.mm(x, y, out_dtype=acc.dtype, out=acc)
         else:
@@ -234,21 +306,6 @@ def _accumulate(
         torch.mm(x.to(acc.dtype), y.to(acc.dtype), out=acc)
     else:
         acc.addmm_(x.to(acc.dtype), y.to(acc.dtype))
-
-
-def _logits(
-    hidden: torch.Tensor,  # [n, H]
-    weight: torch.Tensor,  # [w, H]
-    a: torch.Tensor | None,  # [n, R]
-    b: torch.Tensor | None,  # [w, R]
-    buffer: torch.Tensor,  # [rows, columns]
-) -> torch.Tensor:
-    """`hidden @ weight.T + a @ b.T` [n, w] in the corner of `buffer`; the kernels add the bias, in float32."""
-    tile = buffer[: hidden.shape[0], : weight.shape[0]]
-    torch.mm(hidden, weight.t(), out=tile)
-    if a is not None and b is not None:
-        tile.addmm_(a, b.t())
-    return tile
 
 
 def _normalised(
@@ -269,7 +326,7 @@ def _normalised(
     return (scaled[0], scaled[1]), unit
 
 
-def _dense(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dense(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x` in `dtype`, copied where BLAS could not take its strides and would copy it again for each tile."""
     x = x.to(dtype)
     rows_first = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
@@ -277,17 +334,9 @@ def _dense(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x if rows_first or columns_first else x.contiguous()
 
 
-def _pieces(total: int, size: int) -> list[tuple[int, int]]:
+def split(total: int, size: int) -> list[tuple[int, int]]:
+    """`range(total)` in pieces of `size`, the last one smaller."""
     return [(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _order(
-    row_pieces: list[tuple[int, int]], vocab_pieces: list[tuple[int, int]], vocab_outer: bool
-) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    if vocab_outer:
-        yield from ((rows, columns) for columns in vocab_pieces for rows in row_pieces)
-    else:
-        yield from ((rows, columns) for rows in row_pieces for columns in vocab_pieces)
 
 
 @contextlib.contextmanager

@@ -59,3 +59,22 @@ def linear_logprob_reference(
     return reference_stats(
         transform_logits(logits.to(stats_dtype), Transform(temperature, softcap, logit_scale)), targets
     )
+
+
+def excess_error(
+    found: torch.Tensor,
+    plain: torch.Tensor,
+    truth: torch.Tensor,
+    slack: float = 0.1,
+) -> float:
+    """How far the error of `found` is towards the most that is allowed, where plain torch's error sets the measure; > 1 fails.
+
+    The root-mean-square error may exceed that of `plain`, the same computation in plain torch in the same dtype, by `slack`,
+    and the largest error by 5 `slack`, because one element's luck is not an average. A floor of 16 units in the last place
+    of the statistics' dtype, at the scale of the truth, covers what plain torch happens to compute exactly.
+    """
+    floor = 16 * torch.finfo(torch.promote_types(found.dtype, torch.float32)).eps * truth.double().abs().amax()
+    mine, theirs = (found.double() - truth.double()).abs(), (plain.double() - truth.double()).abs()
+    rms = mine.square().mean().sqrt() / ((1 + slack) * theirs.square().mean().sqrt() + floor)
+    largest = mine.amax() / ((1 + 5 * slack) * theirs.amax() + floor)
+    return torch.maximum(rms, largest).item()  # NaN stays NaN, and is not <= 1

@@ -1,0 +1,394 @@
+"""The Triton kernels, one program a row of a tile, and their launchers: the twins of `tiles`, call for call.
+
+Rows are on the grid's first axis, which takes 2^31 - 1 blocks (the others take 65,535), and row offsets are int64: a tile
+of 4,096 x 16,384 is small, but the hidden states and the head are not.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .spec import Transform
+
+# Columns that one program of `_grad_kernel` and `_jacobian_kernel` takes
+_GRAD_BLOCK = 8192
+_JACOBIAN_BLOCK = 1024
+_VALUES_PER_WARP = 512
+# Stands for -inf where it is multiplied by e = 0
+_FLOOR = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _capped(x, logit_scale, softcap, inv_temperature):
+    return softcap * (2 * tl.sigmoid(2 * x * logit_scale / softcap) - 1) * inv_temperature  # tanh by sigmoid
+
+
+@triton.jit
+def _fold_kernel(
+    tile_ptr,  # [n, w]
+    tile_stride,
+    bias_ptr,  # [w]
+    targets_ptr,  # [n] int64
+    stats_ptr,  # [7, n] float32, rows as named in `tiles`
+    stats_stride,
+    acc_ptr,  # [n, A] float32
+    acc_stride,
+    acc_columns,
+    vocab_start,
+    n_columns,
+    slope,  # |logit_scale / temperature|
+    logit_scale,
+    softcap,
+    inv_temperature,
+    NEGATIVE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_TOP1: tl.constexpr,
+    HAS_ACC: tl.constexpr,
+    EVEN: tl.constexpr,
+    CLAMP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC_BLOCK: tl.constexpr,
+):
+    # This pass is bound by instructions before it is by memory: on an H200, masks, two scalings and a comparison for the
+    # target on every element took 2.7 ms of a 13 ms step. So the scaling is one multiply-add with the shift, the masks are
+    # the last tile's alone, and the target is a scalar beside the row.
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    tile_row_ptr = tile_ptr + row * tile_stride
+    stat_ptr = stats_ptr + row
+    first = vocab_start == 0
+    local = tl.load(targets_ptr + row) - vocab_start
+    hit = (local >= 0) & (local < n_columns)
+    target = tl.load(tile_row_ptr + local, mask=hit, other=0.0).to(tl.float32)  # before the stores below
+    if HAS_BIAS:
+        target += tl.load(bias_ptr + local, mask=hit, other=0.0).to(tl.float32)
+    if EVEN:
+        x = tl.load(tile_row_ptr + columns).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + columns).to(tl.float32)
+    else:
+        inside = columns < n_columns
+        x = tl.load(tile_row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    # From here `x * slope` is z
+    if HAS_SOFTCAP:
+        x = _capped(x, logit_scale, softcap, inv_temperature)
+        target = _capped(target, logit_scale, softcap, inv_temperature)
+        slope = 1.0
+    elif NEGATIVE:
+        x = -x
+        target = -target
+    if HAS_MEAN:
+        old = tl.where(first, 0.0, tl.load(stat_ptr + 4 * stats_stride))
+        tl.store(stat_ptr + 4 * stats_stride, old + tl.sum(x, axis=0) * slope)  # masked columns are 0
+    if not EVEN:
+        x = tl.where(inside, x, -float("inf"))
+
+    # On the first tile what lies in `stats` is garbage, NaN perhaps: selected away, never multiplied by 0
+    m_old = tl.where(first, -float("inf"), tl.load(stat_ptr))
+    sum_old = tl.where(first, 0.0, tl.load(stat_ptr + stats_stride))
+    m = tl.maximum(m_old, tl.max(x, axis=0) * slope)
+    anchor = tl.where(m == -float("inf"), 0.0, m)
+    rescale = tl.exp(m_old - anchor)
+    shifted = x * slope - anchor
+    e = tl.exp(shifted)
+    tl.store(stat_ptr, m)
+    tl.store(stat_ptr + stats_stride, sum_old * rescale + tl.sum(e, axis=0))
+    if HAS_ENTROPY:
+        # Sums of e (z - MAX), not of e z: at logits near 100 the latter loses the entropy's last digits
+        old = tl.where(first, 0.0, tl.load(stat_ptr + 2 * stats_stride))
+        moved = tl.where(rescale > 0, (m_old - anchor) * sum_old, 0.0)
+        if CLAMP:
+            shifted = tl.maximum(shifted, _FLOOR)
+        tl.store(stat_ptr + 2 * stats_stride, (old + moved) * rescale + tl.sum(e * shifted, axis=0))
+    if HAS_SQUARES:
+        old = tl.where(first, 0.0, tl.load(stat_ptr + 3 * stats_stride))
+        tl.store(stat_ptr + 3 * stats_stride, old * rescale * rescale + tl.sum(e * e, axis=0))
+    if HAS_TOP1:
+        # argmax takes the first maximum, so a tie with an earlier token is no hit
+        old = tl.where(first, -float("inf"), tl.load(stat_ptr + 5 * stats_stride))
+        before = tl.max(tl.where(columns < local, x, -float("inf")), axis=0) * slope
+        tl.store(stat_ptr + 5 * stats_stride, tl.maximum(old, before))
+    old = tl.where(first, float("nan"), tl.load(stat_ptr + 6 * stats_stride))
+    tl.store(stat_ptr + 6 * stats_stride, tl.where(hit, target * slope, old))
+
+    if HAS_ACC:
+        if HAS_SOFTCAP:
+            t = x / (softcap * inv_temperature)
+            e = tl.where(e == 0, 0.0, e * (1 - t * t))
+        e = e.to(tile_ptr.dtype.element_ty)
+        if EVEN:
+            tl.store(tile_row_ptr + columns, e)
+        else:
+            tl.store(tile_row_ptr + columns, e, mask=inside)
+        tl.debug_barrier()  # the row is written before its target is cleared
+        tl.store(tile_row_ptr + local, tl.zeros((), tile_ptr.dtype.element_ty), mask=hit)
+        # The row's own program owns its sums too. With the common tokens first in a vocabulary, the maximum hardly ever
+        # moves after the first tile, and then nothing is read here
+        if (rescale != 1.0) & (vocab_start > 0):
+            acc_row_ptr = acc_ptr + row * acc_stride
+            for start in range(0, acc_columns, ACC_BLOCK):
+                at = start + tl.arange(0, ACC_BLOCK)
+                acc = tl.load(acc_row_ptr + at, mask=at < acc_columns, other=0.0)
+                tl.store(acc_row_ptr + at, acc * rescale, mask=at < acc_columns)
+
+
+@triton.jit
+def _jacobian_kernel(
+    acc_ptr,  # [n, H] float32
+    acc_stride,
+    stats_ptr,  # [7, n] float32
+    stats_stride,
+    weight_ptr,  # [V, H]
+    weight_stride_row,
+    weight_stride_column,
+    targets_ptr,  # [n] int64
+    out_ptr,  # [n, H]
+    out_stride,
+    vocab,
+    n_columns,
+    slope,
+    temperature_over_softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n_columns
+    m = tl.load(stats_ptr + row)
+    total = tl.load(stats_ptr + stats_stride + row)
+    z = tl.load(stats_ptr + 6 * stats_stride + row)
+    # 1 - p; where p is near 1, 1 - exp(-d) = d - d^2 / 2 + d^3 / 6 keeps the digits that the subtraction would lose
+    gap = (m - z) + tl.log(total)
+    gap = tl.where(gap < 0.0, 0.0, gap)
+    own = tl.where(gap < 0.01, gap * (1 - gap * (0.5 - gap / 6)), 1 - tl.exp(-gap))
+    if HAS_SOFTCAP:
+        t = z * temperature_over_softcap
+        own = own * (1 - t * t)
+    target = tl.load(targets_ptr + row)
+    target = tl.minimum(tl.maximum(target, 0), vocab - 1)  # such a row is NaN through z; it must only read in bounds
+    weight = tl.load(
+        weight_ptr + target * weight_stride_row + columns.to(tl.int64) * weight_stride_column, mask=inside, other=0.0
+    )
+    acc = tl.load(acc_ptr + row * acc_stride + columns, mask=inside, other=0.0)
+    jac = (own * weight.to(tl.float32) - acc / total) * slope
+    tl.store(out_ptr + row * out_stride + columns, jac.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _grad_kernel(
+    tile_ptr,  # [n, w]
+    tile_stride,
+    bias_ptr,  # [w]
+    targets_ptr,  # [n] int64
+    logsumexp_ptr,  # [n] float32
+    entropy_ptr,  # [n] float32
+    grad_logps_ptr,  # [n] float32
+    grad_entropy_ptr,  # [n] float32
+    vocab_start,
+    n_columns,
+    slope,  # logit_scale / temperature
+    logit_scale,
+    softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD_LOGPS: tl.constexpr,
+    HAS_GRAD_ENTROPY: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    columns = start + tl.arange(0, BLOCK)
+    tile_row_ptr = tile_ptr + row * tile_stride
+    logsumexp = tl.load(logsumexp_ptr + row)
+    # grad / slope = 1[target] g - p (g + g_entropy (log p + entropy)), the latter as p (flat + steep log p)
+    flat = 0.0
+    if HAS_GRAD_LOGPS:
+        g = tl.load(grad_logps_ptr + row)
+        flat = -g * slope
+        local = tl.load(targets_ptr + row) - vocab_start
+        hit = (local >= start) & (local < start + BLOCK) & (local < n_columns)
+        target = tl.load(tile_row_ptr + local, mask=hit, other=0.0).to(tl.float32)  # before the stores below
+        if HAS_BIAS:
+            target += tl.load(bias_ptr + local, mask=hit, other=0.0).to(tl.float32)
+    if HAS_GRAD_ENTROPY:
+        steep = -tl.load(grad_entropy_ptr + row) * slope
+        flat += steep * tl.load(entropy_ptr + row)
+    if EVEN:
+        x = tl.load(tile_row_ptr + columns).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + columns).to(tl.float32)
+    else:
+        inside = columns < n_columns
+        x = tl.load(tile_row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        z = _capped(x, logit_scale, softcap, inv_temperature)
+        log_p = z - logsumexp
+    else:
+        log_p = x * slope - logsumexp
+    p = tl.exp(log_p)
+    if HAS_GRAD_ENTROPY:
+        grad = p * (flat + steep * tl.maximum(log_p, _FLOOR))
+    else:
+        grad = p * flat
+    if HAS_SOFTCAP:
+        t = z / (softcap * inv_temperature)
+        grad = grad * (1 - t * t)
+    grad = grad.to(tile_ptr.dtype.element_ty)
+    if EVEN:
+        tl.store(tile_row_ptr + columns, grad)
+    else:
+        tl.store(tile_row_ptr + columns, grad, mask=inside)
+    if HAS_GRAD_LOGPS:
+        if HAS_SOFTCAP:
+            z = _capped(target, logit_scale, softcap, inv_temperature)
+            t = z / (softcap * inv_temperature)
+            bend = 1 - t * t
+        else:
+            z = target * slope
+            bend = 1.0
+        log_p = z - logsumexp
+        grad = g * slope + tl.exp(log_p) * flat
+        if HAS_GRAD_ENTROPY:
+            grad += tl.exp(log_p) * steep * tl.maximum(log_p, _FLOOR)
+        tl.debug_barrier()  # the row is written before its target is
+        tl.store(tile_row_ptr + local, (grad * bend).to(tile_ptr.dtype.element_ty), mask=hit)
+
+
+def fold(
+    tile: torch.Tensor,  # [n, w]
+    bias: torch.Tensor | None,  # [w]
+    targets: torch.Tensor,  # [n]
+    stats: torch.Tensor,  # [7, n]
+    acc: torch.Tensor | None,  # [n, A]
+    vocab_start: int,
+    transform: Transform,
+    outputs: tuple[str, ...],
+) -> None:
+    """See `tiles.fold`. A row of the tile stays in registers between its maximum and its exponentials."""
+    n, w = tile.shape
+    if n == 0:
+        return
+    block = max(triton.next_power_of_2(w), 128)
+    _fold_kernel[(n,)](
+        tile,
+        tile.stride(0),
+        tile if bias is None else bias,
+        targets,
+        stats,
+        stats.stride(0),
+        stats if acc is None else acc,
+        0 if acc is None else acc.stride(0),
+        0 if acc is None else acc.shape[1],
+        vocab_start,
+        w,
+        abs(transform.slope),
+        transform.logit_scale,
+        transform.softcap or 1.0,
+        1 / transform.temperature,
+        NEGATIVE=transform.slope < 0,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=transform.softcap is not None,
+        HAS_ENTROPY="entropy" in outputs,
+        HAS_SQUARES="logsumexp2" in outputs,
+        HAS_MEAN="mean_logit" in outputs,
+        HAS_TOP1="top1" in outputs,
+        HAS_ACC=acc is not None,
+        EVEN=w == block,
+        # Where -inf can be: outside of the tile, from a bias, from float16
+        CLAMP=w != block or bias is not None or tile.dtype == torch.float16,
+        BLOCK=block,
+        ACC_BLOCK=1024,
+        num_warps=_warps(block),
+    )
+
+
+def jacobian(
+    acc: torch.Tensor,  # [n, H]
+    stats: torch.Tensor,  # [7, n]
+    weight: torch.Tensor,  # [V, H]
+    targets: torch.Tensor,  # [n]
+    transform: Transform,
+    out: torch.Tensor,  # [n, H]
+) -> None:
+    """See `tiles.jacobian`."""
+    n, h = out.shape
+    if n == 0 or h == 0:
+        return
+    _jacobian_kernel[(n, triton.cdiv(h, _JACOBIAN_BLOCK))](
+        acc,
+        acc.stride(0),
+        stats,
+        stats.stride(0),
+        weight,
+        weight.stride(0),
+        weight.stride(1),
+        targets,
+        out,
+        out.stride(0),
+        weight.shape[0],
+        h,
+        transform.slope,
+        transform.temperature / (transform.softcap or 1.0),
+        HAS_SOFTCAP=transform.softcap is not None,
+        BLOCK=_JACOBIAN_BLOCK,
+        num_warps=4,
+    )
+
+
+def grad_tile(
+    tile: torch.Tensor,  # [n, w]
+    bias: torch.Tensor | None,  # [w]
+    targets: torch.Tensor,  # [n]
+    logsumexp: torch.Tensor,  # [n]
+    entropy: torch.Tensor | None,  # [n]
+    grad_logps: torch.Tensor | None,  # [n]
+    grad_entropy: torch.Tensor | None,  # [n]
+    vocab_start: int,
+    transform: Transform,
+) -> None:
+    """See `tiles.grad_tile`."""
+    n, w = tile.shape
+    if n == 0:
+        return
+    if grad_entropy is not None and entropy is None:
+        raise ValueError("The gradient of the entropy needs the entropy.")
+    block = min(max(triton.next_power_of_2(w), 128), _GRAD_BLOCK)
+    _grad_kernel[(n, triton.cdiv(w, block))](
+        tile,
+        tile.stride(0),
+        tile if bias is None else bias,
+        targets,
+        logsumexp,
+        logsumexp if entropy is None else entropy,
+        logsumexp if grad_logps is None else grad_logps,
+        logsumexp if grad_entropy is None else grad_entropy,
+        vocab_start,
+        w,
+        transform.slope,
+        transform.logit_scale,
+        transform.softcap or 1.0,
+        1 / transform.temperature,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=transform.softcap is not None,
+        HAS_GRAD_LOGPS=grad_logps is not None,
+        HAS_GRAD_ENTROPY=grad_entropy is not None,
+        EVEN=w % block == 0,
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+
+
+def _warps(block: int) -> int:
+    return min(max(block // _VALUES_PER_WARP, 4), 32)
