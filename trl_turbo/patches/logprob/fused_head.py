@@ -1,0 +1,183 @@
+"""TRL 1.15 and later: its trainers call a fused head of TRL's own, through one global.
+
+Ours takes that global's place where it measures faster (`docs/benchmarks.md`): on CUDA, with a frozen head whose entropy
+carries no gradient. Everywhere else TRL's own function is called, as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from trl_turbo.compat.heads import describe_head
+from trl_turbo.kernels.linear_logprob import linear_logprob
+from trl_turbo.patches.logprob.forward import configure
+from trl_turbo.patches.logprob.hook import hook_models
+from trl_turbo.patches.logprob.request import Request, entropy_gradient, entropy_has_gradient
+from trl_turbo.patching import Replacement
+
+NAME = "_ChunkedLogProbFunction"
+# TRL's name of a statistic -> what it takes of ours
+OUTPUTS = {
+    "log_probs": ("logps",),
+    "entropy": ("entropy",),
+    "log_sum_sq_probs": ("logsumexp", "logsumexp2"),
+    "mean_logits": ("mean_logit",),
+    "is_top1": ("top1",),
+}
+# Whether a trainer that allows it is being constructed: its __init__ refuses adapters on the head otherwise
+_ADAPTED_HEADS: ContextVar[bool] = ContextVar("trl_turbo_adapted_heads", default=False)
+
+
+def wanted(outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """Our statistics for TRL's names of them; the log-probability always."""
+    names = [ours for theirs in outputs for ours in OUTPUTS[theirs]]
+    return ("logps", *(name for name in names if name != "logps"))
+
+
+def probe(module: ModuleType) -> str | None:
+    function = getattr(module, NAME, None)
+    if function is None:
+        return f"{module.__name__} has no {NAME} (TRL before 1.15, or no Triton)"
+    if not callable(getattr(function, "apply", None)):
+        return f"{module.__name__}.{NAME} is no autograd function any more"
+    return None
+
+
+def build(module: ModuleType) -> Iterator[Replacement]:
+    yield Replacement(module, NAME, _faster_of_both)
+
+
+def _faster_of_both(original: Any) -> Any:
+    class FusedLogProb:
+        """Stands for TRL's function of the same call, which it keeps as `original`."""
+
+        @staticmethod
+        def apply(
+            hidden: torch.Tensor,  # [N, H]
+            weight: torch.Tensor,  # [V, H]
+            bias: torch.Tensor | None,  # [V]
+            targets: torch.Tensor,  # [N]
+            temperature: float,
+            chunk_size: int,
+            final_logit_softcapping: float | None = None,
+            logit_scale: float = 1.0,
+            outputs: tuple[str, ...] = tuple(OUTPUTS)[1:],
+        ) -> tuple[torch.Tensor | None, ...]:
+            if not measured_faster(hidden, weight, bias, outputs):
+                return original.apply(
+                    hidden,
+                    weight,
+                    bias,
+                    targets,
+                    temperature,
+                    chunk_size,
+                    final_logit_softcapping,
+                    logit_scale,
+                    outputs,
+                )
+            found = linear_logprob(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                temperature=temperature,
+                softcap=final_logit_softcapping,
+                logit_scale=logit_scale,
+                outputs=wanted(outputs),
+            )
+            squares = None
+            if "log_sum_sq_probs" in outputs:
+                squares = (found.logsumexp2 - 2 * found.logsumexp).detach()
+            return found.logps, found.entropy, squares, found.mean_logit, found.top1
+
+    FusedLogProb.original = original
+    return FusedLogProb
+
+
+def measured_faster(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outputs: tuple[str, ...]
+) -> bool:
+    """Whether our kernel is the faster one for this call, by the committed benchmark."""
+    if hidden.device.type != "cuda" or hasattr(weight, "ds_id"):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return False
+    return "entropy" not in outputs or not entropy_has_gradient()
+
+
+# The trainers of TRL >= 1.15 ---------------------------------------------------------------------------------------
+
+
+def trainer_probe(module: ModuleType, trainer_name: str) -> str | None:
+    if not hasattr(getattr(module, trainer_name, None), "_compute_loss"):
+        return f"{module.__name__} has no {trainer_name}._compute_loss"
+    missing = [name for name in ("add_fused_lm_head", "is_peft_model") if not hasattr(module, name)]
+    return f"{module.__name__} no longer uses {', '.join(missing)}" if missing else None
+
+
+def trainer_build(module: ModuleType, trainer_name: str) -> Iterator[Replacement]:
+    trainer = getattr(module, trainer_name)
+    yield Replacement(trainer, "_compute_loss", _saying_what_is_differentiated)
+    if hasattr(module, "BaseTunerLayer"):
+        yield Replacement(trainer, "__init__", _allowing_adapted_heads)
+        yield Replacement(module, "BaseTunerLayer", _all_but_understood_heads)
+        yield Replacement(module, "add_fused_lm_head", _ours_on_adapted_heads)
+
+
+def _saying_what_is_differentiated(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with entropy_gradient(getattr(self, "_entropy_bonus_enabled", False)):
+            return original(self, *args, **kwargs)
+
+    return _compute_loss
+
+
+def _allowing_adapted_heads(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        config = kwargs.get("args") or next((a for a in args if hasattr(a, "per_device_train_batch_size")), None)
+        # TRL casts the head by replacing its forward, which would drop the adapter: its refusal stands there
+        token = _ADAPTED_HEADS.set(not getattr(config, "cast_lm_head_to_fp32", False))
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            _ADAPTED_HEADS.reset(token)
+
+    return __init__
+
+
+def _all_but_understood_heads(original: type) -> type:
+    class Meta(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            if not isinstance(instance, original):
+                return False
+            return not (_ADAPTED_HEADS.get() and describe_head(instance).weight is not None)
+
+    return Meta("BaseTunerLayer", (), {"__doc__": original.__doc__})
+
+
+def _ours_on_adapted_heads(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_fused_lm_head(
+        model: Any,
+        temperature: float = 1.0,
+        cast_lm_head_to_fp32: bool = False,
+        outputs: tuple[str, ...] = ("log_probs",),
+    ) -> None:
+        head = model.get_output_embeddings()
+        if not hasattr(head, "lora_A"):
+            return original(model, temperature, cast_lm_head_to_fp32, outputs)
+        hook_models(model)
+        configure(model, Request(temperature=temperature, outputs=wanted(outputs)))
+        return None
+
+    return add_fused_lm_head

@@ -1,0 +1,48 @@
+"""OnlineDPO: policy and reference pass go through `_forward`, which still makes all logits in TRL 1.16."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from trl_turbo.patches.logprob.hook import hook_models
+from trl_turbo.patches.logprob.request import Request, completion_targets, scoring, trainer_is_sharded
+from trl_turbo.patching import Replacement
+from trl_turbo.report import note
+
+FIRST = ("self", "model", "prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
+def probe(module: ModuleType) -> str | None:
+    method = getattr(getattr(module, "OnlineDPOTrainer", None), "_forward", None)
+    if method is None:
+        return f"{module.__name__} has no OnlineDPOTrainer._forward"
+    found = tuple(inspect.signature(method).parameters)[: len(FIRST)]
+    return None if found == FIRST else f"OnlineDPOTrainer._forward takes {found}, not {FIRST}"
+
+
+def build(module: ModuleType) -> Iterator[Replacement]:
+    yield Replacement(module.OnlineDPOTrainer, "_forward", _scored)
+
+
+def _scored(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(
+        self: Any, model: Any, prompt_ids: Any, prompt_mask: Any, completion_ids: Any, completion_mask: Any, *args: Any
+    ) -> Any:
+        def run() -> Any:
+            return original(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, *args)
+
+        reason = trainer_is_sharded(self)
+        if reason:
+            note("logprob", f"OnlineDPO: {reason}; TRL's own path is used, with full logits")
+            return run()
+        hook_models(model)
+        # The trainer's KL and entropy metrics sum over padding too, so padding is scored like the rest
+        with scoring(Request(targets=completion_targets(completion_ids.size(1), masked=False))):
+            return run()
+
+    return method

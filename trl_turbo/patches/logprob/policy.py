@@ -1,0 +1,72 @@
+"""GRPO and RLOO up to TRL 1.14: the policy, old and reference passes go through one method."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from trl_turbo.patches.logprob.functions import replacements
+from trl_turbo.patches.logprob.hook import hook_models
+from trl_turbo.patches.logprob.request import Request, completion_targets, scoring, trainer_is_sharded
+from trl_turbo.patching import Replacement
+from trl_turbo.report import note
+
+FIRST = ("self", "model", "input_ids", "attention_mask", "logits_to_keep")
+
+
+def method_name(trainer: type) -> str:
+    """The method that makes the logits: behind a Liger switch in TRL 1.14, the public one otherwise."""
+    return "_full_logits_logps" if hasattr(trainer, "_full_logits_logps") else "_get_per_token_logps_and_entropies"
+
+
+def probe(module: ModuleType, trainer_name: str) -> str | None:
+    trainer = getattr(module, trainer_name, None)
+    if trainer is None:
+        return f"{module.__name__} has no {trainer_name}"
+    method = getattr(trainer, method_name(trainer), None)
+    if method is None:
+        return f"{trainer_name} has no {method_name(trainer)}"
+    found = tuple(inspect.signature(method).parameters)[: len(FIRST)]
+    if found != FIRST:
+        return f"{trainer_name}.{method_name(trainer)} takes {found}, not {FIRST}"
+    if not hasattr(module, "selective_log_softmax"):
+        return f"{module.__name__} no longer uses selective_log_softmax"
+    return None
+
+
+def build(module: ModuleType, trainer_name: str) -> Iterator[Replacement]:
+    trainer = getattr(module, trainer_name)
+    yield from replacements(module)
+    yield Replacement(trainer, method_name(trainer), _scored)
+
+
+def _scored(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def method(
+        self: Any, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        def run() -> Any:
+            return original(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+        reason = trainer_is_sharded(self)
+        if reason:
+            note("logprob", f"{type(self).__name__}: {reason}; TRL's own path is used, with full logits")
+            return run()
+        asked = signature.bind(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs).arguments
+        hook_models(model)
+        request = Request(
+            targets=completion_targets(logits_to_keep),
+            temperature=self.temperature,
+            outputs=("logps", "entropy") if asked.get("compute_entropy") else ("logps",),
+            # TRL < 1.7 has no entropy bonus: there the entropy feeds metrics and a mask, neither differentiable
+            entropy_grad=getattr(self, "_entropy_bonus_enabled", False),
+        )
+        with scoring(request):
+            return run()
+
+    return method
