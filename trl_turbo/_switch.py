@@ -14,7 +14,6 @@ from types import CellType, FunctionType
 from typing import Any
 
 _ROUTE = "__trl_turbo_route__"
-_ROUTE = "__trl_turbo_route__"
 _PARTS = ("fget", "fset", "fdel")
 # Bounds the search of reaches(): foreign wrappers are a few layers, never a graph.
 _MAX_VISITED = 256
@@ -126,14 +125,6 @@ def replacement_of(function: Any) -> Callable[..., Any] | None:
     route = getattr(getattr(function, "__func__", function), "__dict__", {}).get(_ROUTE)
     if route is None or route.target is route.original:
         return None
-    return route.target
-
-
-def replacement_of(function: Any) -> Callable[..., Any] | None:
-    """Return what an installed wrapper, or a method bound to it, calls now; ``None`` while it is off or is not ours."""
-    route = getattr(getattr(function, "__func__", function), "__dict__", {}).get(_ROUTE)
-    if route is None or route.target is route.original:
-        return None
     target: Callable[..., Any] = route.target
     return target
 
@@ -173,7 +164,6 @@ def _wrapper(route: Route) -> FunctionType:
     # down to the bottom and installs that on the instance: a class-level forward of ours that carried __wrapped__ would
     # be dropped there (accelerate 1.x, utils/other.py). The signature is kept without it.
     wrapper.__dict__.pop("__wrapped__", None)
-    wrapper.__dict__[_ROUTE] = route
     wrapper.__dict__[_ROUTE] = route
     signature = _signature(original)
     if signature is not None:

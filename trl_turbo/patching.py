@@ -180,10 +180,10 @@ class Ledger:
             found: dict[str, tuple[str, ...]] = {}
             entries = self._entries()
             for index, entry in enumerate(entries):
-                # One of our own, live and above it, is no blockage: it goes with that one.
                 replacement = entry.replacement
-                above = entries[index + 1 :]
-                if entry.live or any(e.live and e.is_at(replacement.owner, replacement.attr) for e in above):
+                above = [e for e in entries[index + 1 :] if e.live and e.is_at(replacement.owner, replacement.attr)]
+                # Below one of our own it passes through and goes with that one; a plain value cannot pass through.
+                if entry.live or (above and entry.switch is not None):
                     continue
                 found[entry.patch] = (*found.get(entry.patch, ()), replacement.label)
             return found

@@ -1,0 +1,565 @@
+"""patch, unpatch, status: decisions, switches, strict, what is told to whom."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+
+import pytest
+
+import trl_turbo
+from trl_turbo import PatchError, kernels, patching, report
+from trl_turbo.hookspecs import hookimpl
+from trl_turbo.patching import Replacement
+
+
+def test_patch_trl_is_patch():
+    assert trl_turbo.patch_trl is trl_turbo.patch
+
+
+def test_unpatch_and_status_before_patch(new_session):
+    session = new_session()
+    assert session.unpatch().rows == session.status().rows == ()
+    assert "call trl_turbo.patch()" in str(session.status())
+
+
+def test_row_of_an_applied_patch(target, new_session, core):
+    target.load()
+    row = new_session(core.Plugin(core.make_patch(target.name))).patch()["demo.one"]
+    assert (row.status, row.feature, row.target, row.source) == ("applied", "demo", target.name, "plugin0")
+    assert row.summary == f"patches {target.name}"
+    assert "Target.method" in row.reason
+    assert f"{target.name}.function" in row.reason
+
+
+def test_pending_says_when(target, new_session, core):
+    row = new_session(core.Plugin(core.make_patch(target.name))).patch()["demo.one"]
+    assert (row.status, row.reason) == ("pending", f"applies when {target.name} is imported")
+
+
+def test_second_patch_asks_no_plugin(target, new_session, core):
+    calls = Counter()
+
+    def build(module):
+        calls["build"] += 1
+        return core.replacements(module)
+
+    plugin = core.Plugin(core.make_patch(target.name, build=build))
+    session = new_session(plugin)
+    target.load()
+    first = session.patch()
+    plugin.patches = []
+    assert session.patch() == first
+    assert calls["build"] == 1
+
+
+def test_failed_build_is_rolled_back_alone(target, new_session, core):
+    def build(module):
+        yield from core.replacements(module, ("method",))
+        raise RuntimeError("no such thing")
+
+    def wrap(raw):
+        raise KeyError("gone")
+
+    def late(module):
+        return [*core.replacements(module, ("static",)), Replacement(module.Target, "klass", wrap)]
+
+    session = new_session(
+        core.Plugin(
+            core.make_patch(target.name, "demo.bad", build=build),
+            core.make_patch(target.name, "demo.late", build=late),
+            core.make_patch(target.name, "demo.good", build=lambda m: core.replacements(m, ("function",))),
+        )
+    )
+    module = target.load()
+    found = session.patch()
+    assert (found["demo.bad"].status, found["demo.bad"].reason) == ("failed", "RuntimeError: no such thing")
+    assert (found["demo.late"].status, found["demo.late"].reason) == ("failed", "KeyError: 'gone'")
+    assert found["demo.good"].status == "applied"
+    expected = {**dict.fromkeys(core.KINDS, "stock"), "function": "turbo(stock)"}
+    assert core.readings(module) == expected
+
+
+def test_probe_decides(target, new_session, core):
+    def broken(module):
+        raise ZeroDivisionError("oh")
+
+    session = new_session(
+        core.Plugin(
+            core.make_patch(target.name, "demo.moved", probe=lambda m: f"{m.__name__} lost its second argument"),
+            core.make_patch(target.name, "demo.broken", probe=broken),
+        )
+    )
+    module = target.load()
+    found = session.patch()
+    assert (found["demo.moved"].status, found["demo.moved"].reason) == (
+        "skipped",
+        f"{target.name} lost its second argument",
+    )
+    assert (found["demo.broken"].status, found["demo.broken"].reason) == ("failed", "ZeroDivisionError: oh")
+    assert core.readings(module) == dict.fromkeys(core.KINDS, "stock")
+
+
+@pytest.mark.parametrize(
+    ("requires", "status", "reason"),
+    [
+        (("trl>=1,<2",), "pending", None),
+        (("trl>=2",), "skipped", "it needs trl>=2, and trl 1.2.3 is installed"),
+        (("trl>=1", "no-such-thing>=3"), "skipped", "it needs no-such-thing>=3, and no-such-thing is not installed"),
+        (("trl>=2; python_version < '3'",), "pending", None),
+        (("trl >>= 2",), "failed", "is not a PEP 508 requirement"),
+        (("pytest>=1",), "pending", None),
+    ],
+)
+def test_requirements(requires, status, reason, target, new_session, core):
+    row = new_session(core.Plugin(core.make_patch(target.name, requires=requires))).patch()["demo.one"]
+    assert row.status == status
+    assert reason is None or reason in row.reason
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("1.17.0.dev0", None), ("1.18.0.dev0", "trl 1.18.0.dev0 is installed"), ("N/A", "calls itself 'N/A'")],
+)
+def test_odd_versions(version, reason, target, new_session, core, monkeypatch):
+    monkeypatch.setattr("trl_turbo.compat.versions.reported", lambda: {"trl": version})
+    row = new_session(core.Plugin(core.make_patch(target.name, requires=("trl>=1.16,<1.18.0.dev0",)))).patch()[
+        "demo.one"
+    ]
+    assert row.status == ("pending" if reason is None else "skipped")
+    assert reason is None or reason in row.reason
+
+
+class Vetoer:
+    @hookimpl
+    def turbo_veto(self, patch, env):
+        assert env.features["demo"] is True
+        assert env.versions["trl"] == "1.2.3"
+        return "this cluster forbids it" if patch.name == "demo.one" else None
+
+
+def test_veto(target, new_session, core):
+    patches = [core.make_patch(target.name), core.make_patch(target.name, "demo.two")]
+    found = new_session(core.Plugin(*patches), Vetoer()).patch()
+    assert (found["demo.one"].status, found["demo.one"].reason) == ("skipped", "this cluster forbids it")
+    assert found["demo.two"].status == "pending"
+
+
+def test_a_hook_that_raises_stops_no_other(target, new_session, core):
+    class Broken:
+        @hookimpl(tryfirst=True)
+        def turbo_veto(self, patch, env):
+            raise RuntimeError("boom")
+
+        @hookimpl(tryfirst=True)
+        def turbo_report(self, report):
+            raise RuntimeError("bang")
+
+    found = new_session(core.Plugin(core.make_patch(target.name)), Vetoer(), Broken()).patch()
+    assert found["demo.one"].reason == "this cluster forbids it"
+    assert found["plugin.plugin2"].status == "failed"
+    assert "its turbo_veto raised RuntimeError: boom" in found["plugin.plugin2"].reason
+
+
+class WrongArguments:
+    @hookimpl
+    def turbo_veto(self, patch, environment):
+        return "never"
+
+
+class WrongName:
+    @hookimpl
+    def turbo_patch(self, env):
+        return []
+
+
+class WrongAnswer:
+    @hookimpl
+    def turbo_patches(self, env):
+        return ["demo"]
+
+
+class Raises:
+    @hookimpl
+    def turbo_patches(self, env):
+        raise OSError("disk")
+
+
+class Reserved:
+    def __init__(self, make_patch):
+        self.make_patch = make_patch
+
+    @hookimpl
+    def turbo_patches(self, env):
+        return [self.make_patch("x", "s.one", "strict"), self.make_patch("x", "s.two", "Upper")]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda core: WrongArguments(), "environment"),
+        (lambda core: WrongName(), "'turbo_patch' is not a hook; the hooks are turbo_engine"),
+        (lambda core: WrongAnswer(), "returned 'demo'"),
+        (lambda core: Raises(), "its turbo_patches raised OSError: disk"),
+        (lambda core: Reserved(core.make_patch), "'strict'"),
+        (lambda core: core.Plugin(core.make_patch("x")), "a second patch 'demo.one'; plugin0 brings it already"),
+    ],
+)
+def test_a_broken_plugin_is_a_row(make, reason, target, new_session, core):
+    found = new_session(core.Plugin(core.make_patch(target.name)), make(core)).patch()
+    assert found["demo.one"].status == "pending"
+    assert found["plugin.plugin1"].status == "failed"
+    assert reason in found["plugin.plugin1"].reason
+
+
+def test_entry_points(target, new_session, core, monkeypatch):
+    def broken():
+        raise ImportError("no module named left_pad")
+
+    points = [
+        ("good", "good:plugin", lambda: core.Plugin(core.make_patch(target.name))),
+        ("bad", "bad:plugin", broken),
+        ("more", "more:plugin", lambda: core.Plugin(core.make_patch(target.name, "more.one", "more"))),
+    ]
+    session = new_session(entry_points=lambda: points)
+    found = session.patch()
+    assert [(row.name, row.status.value) for row in found] == [
+        ("demo.one", "pending"),
+        ("more.one", "pending"),
+        ("plugin.bad", "failed"),
+    ]
+    assert found["plugin.bad"].reason == "it could not be loaded (ImportError: no module named left_pad)"
+    session.unpatch()
+    monkeypatch.setenv("TRL_TURBO_PLUGINS", "0")
+    assert session.patch().rows == ()
+
+
+def test_unreadable_entry_points(new_session):
+    def unreadable():
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")
+
+    assert new_session(entry_points=unreadable).patch()["plugin.entry_points"].status == "failed"
+
+
+# -- switches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", ["0", "false", "No", "OFF", " 0 "])
+def test_environment_turns_a_feature_off(off, target, new_session, core, monkeypatch):
+    monkeypatch.setenv("TRL_TURBO_DEMO", off)
+    session = new_session(core.Plugin(core.make_patch(target.name), core.make_patch(target.name, "x.one", "x")))
+    module = target.load()
+    found = session.patch()
+    assert found["demo.one"].status == "off"
+    assert "TRL_TURBO_DEMO" in found["demo.one"].reason
+    assert found["x.one"].status == "applied"
+    assert session.patch(demo=True)["demo.one"].status == "applied", "the keyword wins"
+    assert module.function() == "turbo(turbo(stock))"
+
+
+@pytest.mark.parametrize("on", ["1", "true", "Yes", "on", ""])
+def test_environment_leaves_a_feature_on(on, target, new_session, core, monkeypatch):
+    monkeypatch.setenv("TRL_TURBO_DEMO", on)
+    monkeypatch.setenv("TRL_TURBO", on)
+    session = new_session(core.Plugin(core.make_patch(target.name)))
+    assert session.patch()["demo.one"].status == "pending"
+    assert session.patch(demo=False)["demo.one"].reason == "turned off by patch(demo=False)"
+    assert session.patch(demo=None)["demo.one"].status == "pending"
+
+
+def test_everything_off(target, new_session, core, monkeypatch):
+    monkeypatch.setenv("TRL_TURBO", "0")
+    module = target.load()
+    session = new_session(core.Plugin(core.make_patch(target.name)), entry_points=lambda: 1 / 0)
+    found = session.patch(demo=True, from_a_plugin=True)
+    assert (found["demo.one"].status, found["demo.one"].reason) == (
+        "off",
+        "TRL_TURBO=0 in the environment turns everything off",
+    )
+    assert module.function() == "stock"
+    assert "from_a_plugin" in found.notes[0].text, "a script with a plugin's keyword still runs"
+
+
+@pytest.mark.parametrize("variable", ["TRL_TURBO", "TRL_TURBO_DEMO", "TRL_TURBO_PLUGINS"])
+def test_bad_environment(variable, target, new_session, core, monkeypatch):
+    monkeypatch.setenv(variable, "maybe")
+    session = new_session(core.Plugin(core.make_patch(target.name)))
+    with pytest.raises(
+        ValueError, match=f"{variable}='maybe' in the environment is neither on nor off; set it to 1 or 0"
+    ):
+        session.patch()
+    assert session.status().rows == ()
+
+
+def test_misspelt_environment(target, new_session, core, monkeypatch):
+    monkeypatch.setenv("TRL_TURBO_DEMOO", "0")
+    monkeypatch.setenv("TRL_TURBO_CACHE_DIR", "/tmp")
+    found = new_session(core.Plugin(core.make_patch(target.name))).patch()
+    assert [note.text for note in found.notes] == [
+        "TRL_TURBO_DEMOO in the environment switches nothing; did you mean TRL_TURBO_DEMO?"
+    ]
+
+
+def test_unknown_keyword(target, new_session, core):
+    session = new_session(core.Plugin(core.make_patch(target.name)), features=("logprob",))
+    with pytest.raises(
+        TypeError, match=r"no feature 'logprb'; did you mean 'logprob'\? The features are: demo, logprob"
+    ):
+        session.patch(logprb=True)
+    assert session.status().rows == ()
+    assert session.patch(logprob=False)["demo.one"].status == "pending"
+    with pytest.raises(TypeError, match="no feature 'other'; The features are"):
+        session.patch(other=None)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0.0])
+def test_keyword_that_is_no_bool(value, new_session):
+    with pytest.raises(TypeError, match="is neither on nor off; pass True or False"):
+        new_session(features=("demo",)).patch(demo=value)
+
+
+def test_public_patch_names_its_features():
+    with pytest.raises(TypeError, match="no feature 'logprop'; did you mean 'logprob'"):
+        trl_turbo.patch(logprop=True)
+    assert trl_turbo.status().rows == ()
+
+
+def test_unknown_keyword_is_noted_where_a_plugin_is_broken(target, new_session, core):
+    session = new_session(core.Plugin(core.make_patch(target.name)), Raises())
+    assert "no feature 'theirs'" in session.patch(theirs=True).notes[0].text
+
+
+def test_a_builtin_that_cannot_be_imported(new_session):
+    found = new_session(builtin=("trl_turbo.patches.no_such",), features=("gone",)).patch(gone=False)
+    assert "ModuleNotFoundError" in found["plugin.no_such"].reason
+
+
+def test_other_switches_the_second_time(target, new_session, core):
+    def build(module):
+        return core.replacements(module, core.KINDS[:-1])
+
+    first = core.make_patch(target.name, build=build)
+    second = core.make_patch(target.name, "more.one", "more", build=build)
+    session = new_session(core.Plugin(first, second))
+    module = target.load()
+    before = core.snapshot(module)
+    layers = {1: "turbo(stock)", 2: "turbo(turbo(stock))"}
+    no_demo, no_more = {"demo": False}, {"more": False}
+    for switches, depth in [({}, 2), (no_demo, 1), ({}, 2), (no_more, 1), (no_demo, 1), ({}, 2)]:
+        found = session.patch(**switches)
+        assert core.readings(module) == {**dict.fromkeys(core.KINDS, layers[depth]), "Value": "stock"}
+        assert found["demo.one"].status == ("off" if switches.get("demo") is False else "applied")
+        assert found["more.one"].status == ("off" if switches.get("more") is False else "applied")
+    session.patch(demo=False, more=False)
+    assert core.same(before, core.snapshot(module))
+    assert not any(type(finder).__name__ == "ImportHook" for finder in sys.meta_path)
+    session.unpatch()
+    assert core.same(before, core.snapshot(module))
+
+
+# -- strict ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"requires": ("trl>=9",)},
+        {"probe": lambda module: "its signature moved"},
+        {"build": lambda module: 1 / 0},
+    ],
+)
+def test_strict_takes_everything_back(fields, target, new_session, core):
+    session = new_session(
+        core.Plugin(core.make_patch(target.name, "demo.good"), core.make_patch(target.name, **fields))
+    )
+    module = target.load()
+    before = core.snapshot(module)
+    with pytest.raises(PatchError, match=r"demo\.one (skipped|failed) \("):
+        session.patch(strict=True)
+    assert core.same(before, core.snapshot(module))
+    assert not any(type(finder).__name__ == "ImportHook" for finder in sys.meta_path)
+    assert session.patch()["demo.good"].status == "applied"
+    with pytest.raises(PatchError):
+        session.patch(strict=True)
+    assert core.same(before, core.snapshot(module))
+
+
+def test_strict_knows_no_error_in_what_is_off(target, new_session, core):
+    session = new_session(core.Plugin(core.make_patch(target.name, requires=("trl>=9",))))
+    assert session.patch(strict=True, demo=False)["demo.one"].status == "off"
+
+
+def test_strict_raises_from_a_later_import(target, new_session, core):
+    other = core.make_patch("json", "json.one", build=lambda m: [Replacement(m, "dumps", core.turbo)])
+    fails = [True]
+
+    def probe(module):
+        return "its signature moved" if fails[0] else None
+
+    session = new_session(
+        core.Plugin(other, core.make_patch(target.name, "demo.good"), core.make_patch(target.name, probe=probe))
+    )
+    import json
+
+    session.patch(strict=True)
+    with pytest.raises(PatchError, match=r"demo\.one skipped \(its signature moved\)"):
+        target.load()
+    assert target.name not in sys.modules
+    assert json.dumps(1) == "turbo(1)", "what belongs to other modules stays"
+    assert session.status()["demo.good"].status == "pending"
+    fails[0] = False
+    assert core.readings(target.load())["method"] == "turbo(turbo(stock))"
+    session.unpatch()
+    assert json.dumps(1) == "1"
+
+
+# -- blocked -----------------------------------------------------------------------------------------------------------
+
+
+def test_blocked_row(target, new_session, core):
+    session = new_session(core.Plugin(core.make_patch(target.name, build=lambda m: core.replacements(m, ("method",)))))
+    module = target.load()
+    original = module.Target.method
+    session.patch()
+    ours = module.Target.method
+    module.Target.method = lambda self: f"foreign({ours(self)})"
+    row = session.unpatch()["demo.one"]
+    assert row.status == "blocked"
+    assert "Target.method" in row.reason
+    assert session.status()["demo.one"].status == "blocked"
+    assert module.Target().method() == "foreign(stock)"
+    assert session.patch()["demo.one"].status == "applied"
+    assert module.Target().method() == "foreign(turbo(stock))"
+    assert session.patch(demo=False)["demo.one"].status == "blocked"
+    module.Target.method = ours
+    assert session.unpatch()["demo.one"].status == "off"
+    assert module.Target.method is original
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+
+def test_log_lines(target, new_session, core, caplog):
+    caplog.set_level(logging.INFO, "trl_turbo")
+    skipped = core.make_patch(target.name, "demo.old", requires=("trl<1",))
+    session = new_session(core.Plugin(core.make_patch(target.name), skipped))
+    session.patch()
+    session.patch()
+    version = trl_turbo.__version__
+    reason = "1 skipped (demo.old: it needs trl<1, and trl 1.2.3 is installed)"
+    line = ("trl_turbo", logging.INFO, f"trl_turbo {version}: 1 pending, {reason}")
+    assert caplog.record_tuples == [line], "nobody may ever use that module"
+    caplog.clear()
+    target.load()
+    assert caplog.record_tuples == [("trl_turbo", logging.WARNING, f"trl_turbo {version}: 1 applied, {reason}")]
+    caplog.clear()
+    session.unpatch()
+    assert caplog.messages == [f"trl_turbo {version}: 2 off"]
+    caplog.clear()
+    session.patch(verbose=False)
+    assert caplog.messages == []
+    session.unpatch()
+    caplog.clear()
+    session.patch(verbose=True)
+    assert len(caplog.messages) == 2
+    assert caplog.messages[1] == str(session.status())
+
+
+def test_turbo_report_is_told_of_each_change(target, new_session, core):
+    told = []
+
+    class Listener:
+        @hookimpl
+        def turbo_report(self, report):
+            told.append([row.status.value for row in report])
+
+    session = new_session(core.Plugin(core.make_patch(target.name)), Listener())
+    session.patch()
+    session.patch()
+    target.load()
+    session.unpatch()
+    session.unpatch()
+    assert told == [["pending"], ["applied"], ["off"]]
+
+
+def test_kernels_of_a_plugin(target, new_session, core):
+    asked = []
+
+    class Kernels:
+        @hookimpl
+        def turbo_kernel(self, op, device, dtype):
+            asked.append((op, device, dtype))
+            return len if (op, device, dtype) == ("linear_logprob", "cuda", "bfloat16") else None
+
+    session = new_session(core.Plugin(core.make_patch(target.name)), Kernels())
+    session.patch()
+    assert len(asked) == len(kernels.OPS) * 2 * 3
+    assert kernels.get_override("linear_logprob", "cuda", "bfloat16") is len
+    assert kernels.get_override("linear_logprob", "cpu", "bfloat16") is None
+    session.patch()
+    assert len(asked) == len(kernels.OPS) * 2 * 3
+    session.unpatch()
+    assert kernels.get_override("linear_logprob", "cuda", "bfloat16") is None
+    session.patch(demo=False)
+    assert kernels.get_override("linear_logprob", "cuda", "bfloat16") is None
+
+
+def test_engine_of_a_plugin(new_session):
+    class Engines:
+        @hookimpl
+        def turbo_engine(self, config):
+            return f"engine for {config}" if config == "mine" else None
+
+    session = new_session(Engines())
+    assert session.session.engine("mine") is None
+    session.patch()
+    assert session.session.engine("mine") == "engine for mine"
+    assert session.session.engine("other") is None
+
+
+def test_notes_go_to_the_running_session(target, new_session, core, caplog):
+    report.note("demo", "lost")
+    session = new_session(core.Plugin(core.make_patch(target.name)))
+    found = session.patch()
+    for _ in range(3):
+        report.note("demo", "the head is adapted")
+    assert [note.text for note in found.notes] == ["the head is adapted"]
+    assert session.status().notes == found.notes
+    assert caplog.messages.count("demo: the head is adapted") == 1
+    session.unpatch()
+    report.note("demo", "lost as well")
+    assert session.patch().notes == ()
+
+
+def test_extend_at_run_time(target, new_session, core):
+    class Model:
+        def forward(self):
+            return "stock"
+
+    forward, built = Model.forward, []
+
+    def wrap(raw):
+        built.append(raw)
+        return core.turbo(raw)
+
+    replacement = Replacement(Model, "forward", wrap)
+    session = new_session(core.Plugin(core.make_patch(target.name)))
+    patching.extend("demo.one", replacement)
+    assert Model.forward is forward
+    session.patch()
+    for _ in range(3):
+        patching.extend("demo.one", replacement)
+    patching.extend("no.such", replacement)
+    assert Model().forward() == "turbo(stock)"
+    assert len(built) == 1
+    session.patch(demo=False)
+    assert Model.forward is forward
+    patching.extend("demo.one", replacement)
+    assert Model.forward is forward
+    session.patch()
+    patching.extend("demo.one", replacement)
+    session.unpatch()
+    assert Model.forward is forward
+    patching.extend("demo.one", replacement)
+    assert Model.forward is forward
