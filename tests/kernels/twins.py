@@ -59,7 +59,7 @@ def folded(ops, logits, bias, targets, transform, outputs, width, head=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize(("n", "v", "width"), [(1, 1, 1), (5, 77, 32), (3, 300, 300)])
+@pytest.mark.parametrize(("n", "v", "width"), [(1, 1, 1), (5, 77, 32), (3, 300, 300), (2, 2500, 2048)])
 def test_fold(dtype, transform, has_bias, n, v, width):
     logits, bias, targets = inputs(n, v, dtype)
     bias = bias if has_bias else None
@@ -80,7 +80,7 @@ def test_fold_writes_only_what_is_asked(output):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize(("n", "v", "width", "h"), [(1, 3, 2, 1), (5, 77, 32, 40), (3, 300, 130, 1100)])
+@pytest.mark.parametrize(("n", "v", "width", "h"), [(1, 3, 2, 1), (5, 77, 32, 40), (2, 2500, 2048, 1100)])
 def test_fold_with_sums_and_jacobian(dtype, transform, has_bias, n, v, width, h):
     logits, bias, targets = inputs(n, v, dtype)
     logits = logits.sort(-1).values  # the maximum moves with every tile
@@ -152,6 +152,28 @@ def test_infinities_and_nan(ops):
     close(answer.entropy[:2], -(log_p.exp() * log_p).sum(-1), torch.float32)
     close(answer.logsumexp2[:2], (2 * z).logsumexp(-1), torch.float32)
     assert all(x[2].isnan() for x in (answer.logps, answer.entropy, answer.logsumexp, answer.logsumexp2))
+
+
+@pytest.mark.parametrize("ops", [kernel, tiles], ids=["triton", "torch"])
+@pytest.mark.parametrize("level", [-200.0, 0.0, 80.0])
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_maximum_far_from_the_first_guess(ops, level, with_sums):
+    """A first block of -inf, logits at `level` in the next, and one 90 above those in a later tile."""
+    logits = torch.randn(2, 5000, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)) + level
+    logits[:, 4500] = level + 90
+    bias = torch.zeros(5000, device=DEVICE)
+    bias[:1100] = -torch.inf
+    targets = torch.tensor([2000, 4500], device=DEVICE)
+    head = torch.randn(5000, 4, device=DEVICE) if with_sums else None
+    outputs = ("logps", "entropy", "logsumexp", "logsumexp2", "top1")
+    stats, _ = folded(ops, logits.clone(), bias, targets, Transform(), outputs, 2500, head)
+    answer = tiles.finish(stats, 5000, outputs)
+    z = logits.double()[:, 1100:]
+    close(answer.logps, z.log_softmax(-1).gather(-1, targets[:, None] - 1100).squeeze(-1), torch.float32)
+    close(answer.logsumexp, z.logsumexp(-1), torch.float32)
+    close(answer.logsumexp2, (2 * z).logsumexp(-1), torch.float32)
+    close(answer.entropy, -(z.softmax(-1) * z.log_softmax(-1)).sum(-1), torch.float32)
+    assert answer.top1.tolist() == [False, True]
 
 
 @pytest.mark.parametrize("ops", [kernel, tiles], ids=["triton", "torch"])

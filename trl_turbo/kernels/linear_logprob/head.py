@@ -122,8 +122,8 @@ class _TileLogprob(torch.autograd.Function):
         ops = passes.backend(logits.device, logits.dtype)
         with passes.plain(logits.device):
             rows = logits if logits.stride(1) == 1 else logits.contiguous()
-            for v0 in range(0, vocab, plan.MAX_COLUMNS):
-                ops.fold(rows[:, v0 : v0 + plan.MAX_COLUMNS], None, targets, stats, None, v0, spec.transform, outputs)
+            for v0 in range(0, vocab, plan.COLUMNS):
+                ops.fold(rows[:, v0 : v0 + plan.COLUMNS], None, targets, stats, None, v0, spec.transform, outputs)
         answer = tiles.finish(stats, vocab, outputs)
         ctx.spec = spec
         ctx.save_for_backward(logits, targets, answer.logsumexp, answer.entropy)
@@ -148,7 +148,7 @@ class _TileLogprob(torch.autograd.Function):
         grad = logits.clone(memory_format=torch.contiguous_format)  # kept whole, so that a second backward is right
         ops = passes.backend(logits.device, logits.dtype)
         with passes.plain(logits.device):
-            for v0 in range(0, grad.shape[1], plan.MAX_COLUMNS):
-                tile = grad[:, v0 : v0 + plan.MAX_COLUMNS]
+            for v0 in range(0, grad.shape[1], plan.COLUMNS):
+                tile = grad[:, v0 : v0 + plan.COLUMNS]
                 ops.grad_tile(tile, None, targets, logsumexp, entropy, grad_logps, grad_entropy, v0, ctx.spec.transform)
         return grad, None, None

@@ -12,17 +12,130 @@ import triton.language as tl
 
 from .spec import Transform
 
-# Columns that one program of `_grad_kernel` and `_jacobian_kernel` takes
-_GRAD_BLOCK = 8192
-_JACOBIAN_BLOCK = 1024
-_VALUES_PER_WARP = 512
+# Columns that a program takes at a time, and its warps
+_FOLD_BLOCK, _FOLD_WARPS = 1024, 4
+_GRAD_BLOCK, _GRAD_WARPS = 8192, 8
+_JACOBIAN_BLOCK, _JACOBIAN_WARPS = 1024, 4
 # Stands for -inf where it is multiplied by e = 0
 _FLOOR = tl.constexpr(-1e30)
+# How far a guessed maximum may be off: squares of exp(30) still sum far below float32's 3e38
+_REACH = tl.constexpr(30.0)
 
 
 @triton.jit
 def _capped(x, logit_scale, softcap, inv_temperature):
     return softcap * (2 * tl.sigmoid(2 * x * logit_scale / softcap) - 1) * inv_temperature  # tanh by sigmoid
+
+
+@triton.jit
+def _load(
+    tile_row_ptr,
+    bias_ptr,
+    columns,
+    n_columns,
+    logit_scale,
+    softcap,
+    inv_temperature,
+    NEGATIVE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Head outputs such that z is `slope` times them, -inf beyond the tile; z itself under a softcap."""
+    if EVEN:
+        x = tl.load(tile_row_ptr + columns).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + columns).to(tl.float32)
+    else:
+        inside = columns < n_columns
+        x = tl.load(tile_row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        x = _capped(x, logit_scale, softcap, inv_temperature)
+    elif NEGATIVE:
+        x = -x
+    if not EVEN:
+        x = tl.where(inside, x, -float("inf"))
+    return x
+
+
+@triton.jit
+def _sweep(
+    tile_row_ptr,
+    bias_ptr,
+    local,
+    anchor,
+    n_columns,
+    slope,
+    logit_scale,
+    softcap,
+    inv_temperature,
+    NEGATIVE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_TOP1: tl.constexpr,
+    HAS_ACC: tl.constexpr,
+    EVEN: tl.constexpr,
+    CLAMP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums of a row, shifted by `anchor`. Each lane keeps its own until the end: a reduction a block is a barrier."""
+    sums = tl.zeros((BLOCK,), tl.float32)
+    shifted_sums = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    logits = tl.zeros((BLOCK,), tl.float32)
+    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    before = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for start in range(0, n_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = _load(
+            tile_row_ptr,
+            bias_ptr,
+            columns,
+            n_columns,
+            logit_scale,
+            softcap,
+            inv_temperature,
+            NEGATIVE,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            EVEN,
+        )
+        shifted = x * slope - anchor
+        e = tl.exp(shifted)
+        sums += e
+        if HAS_ENTROPY:
+            if CLAMP:
+                shifted = tl.maximum(shifted, _FLOOR)
+            shifted_sums += e * shifted
+        if HAS_SQUARES:
+            squares += e * e
+        if HAS_MEAN:
+            logits += tl.where(columns < n_columns, x, 0.0)
+        if HAS_TOP1:
+            before = tl.maximum(before, tl.where(columns < local, x, -float("inf")))
+        if HAS_ACC:
+            if HAS_SOFTCAP:
+                t = x / (softcap * inv_temperature)
+                e = tl.where(e == 0, 0.0, e * (1 - t * t))
+            if EVEN:
+                tl.store(tile_row_ptr + columns, e.to(tile_row_ptr.dtype.element_ty))
+            else:
+                tl.store(tile_row_ptr + columns, e.to(tile_row_ptr.dtype.element_ty), mask=columns < n_columns)
+        else:
+            top = tl.maximum(top, x)
+    return (
+        tl.sum(sums, axis=0),
+        tl.sum(shifted_sums, axis=0),
+        tl.sum(squares, axis=0),
+        tl.sum(logits, axis=0),
+        tl.max(top, axis=0),
+        tl.max(before, axis=0),
+    )
 
 
 @triton.jit
@@ -53,13 +166,11 @@ def _fold_kernel(
     EVEN: tl.constexpr,
     CLAMP: tl.constexpr,
     BLOCK: tl.constexpr,
-    ACC_BLOCK: tl.constexpr,
 ):
-    # This pass is bound by instructions before it is by memory: on an H200, masks, two scalings and a comparison for the
-    # target on every element took 2.7 ms of a 13 ms step. So the scaling is one multiply-add with the shift, the masks are
-    # the last tile's alone, and the target is a scalar beside the row.
+    # Instructions and waiting bound this pass before memory does: with masks, two scalings and a comparison for the target
+    # on every element it took 2.7 ms of a 13 ms step on an H200. So the scaling is one multiply-add with the shift, the
+    # masks are the last tile's alone, the target is a scalar beside the row.
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
     tile_row_ptr = tile_ptr + row * tile_stride
     stat_ptr = stats_ptr + row
     first = vocab_start == 0
@@ -68,74 +179,139 @@ def _fold_kernel(
     target = tl.load(tile_row_ptr + local, mask=hit, other=0.0).to(tl.float32)  # before the stores below
     if HAS_BIAS:
         target += tl.load(bias_ptr + local, mask=hit, other=0.0).to(tl.float32)
-    if EVEN:
-        x = tl.load(tile_row_ptr + columns).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias_ptr + columns).to(tl.float32)
-    else:
-        inside = columns < n_columns
-        x = tl.load(tile_row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    # From here `x * slope` is z
     if HAS_SOFTCAP:
-        x = _capped(x, logit_scale, softcap, inv_temperature)
         target = _capped(target, logit_scale, softcap, inv_temperature)
         slope = 1.0
     elif NEGATIVE:
-        x = -x
         target = -target
-    if HAS_MEAN:
-        old = tl.where(first, 0.0, tl.load(stat_ptr + 4 * stats_stride))
-        tl.store(stat_ptr + 4 * stats_stride, old + tl.sum(x, axis=0) * slope)  # masked columns are 0
-    if not EVEN:
-        x = tl.where(inside, x, -float("inf"))
 
     # On the first tile what lies in `stats` is garbage, NaN perhaps: selected away, never multiplied by 0
     m_old = tl.where(first, -float("inf"), tl.load(stat_ptr))
     sum_old = tl.where(first, 0.0, tl.load(stat_ptr + stats_stride))
-    m = tl.maximum(m_old, tl.max(x, axis=0) * slope)
-    anchor = tl.where(m == -float("inf"), 0.0, m)
+    if HAS_ACC:
+        # What is written must have the new maximum: read for it first, and again below, then from the cache
+        top = tl.full((BLOCK,), -float("inf"), tl.float32)
+        for start in range(0, n_columns, BLOCK):
+            x = _load(
+                tile_row_ptr,
+                bias_ptr,
+                start + tl.arange(0, BLOCK),
+                n_columns,
+                logit_scale,
+                softcap,
+                inv_temperature,
+                NEGATIVE,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                EVEN,
+            )
+            top = tl.maximum(top, x)
+        anchor = tl.maximum(m_old, tl.max(top, axis=0) * slope)
+    else:
+        # The sums may stand on any shift near the maximum, so one reading does, unless the guess was far off
+        anchor = m_old
+        if m_old == -float("inf"):
+            x = _load(
+                tile_row_ptr,
+                bias_ptr,
+                tl.arange(0, BLOCK),
+                n_columns,
+                logit_scale,
+                softcap,
+                inv_temperature,
+                NEGATIVE,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                EVEN,
+            )
+            anchor = tl.max(x, axis=0) * slope
+    m = anchor
+    anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
+    sums, shifted_sums, squares, logits, top, before = _sweep(
+        tile_row_ptr,
+        bias_ptr,
+        local,
+        anchor,
+        n_columns,
+        slope,
+        logit_scale,
+        softcap,
+        inv_temperature,
+        NEGATIVE,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        HAS_ENTROPY,
+        HAS_SQUARES,
+        HAS_MEAN,
+        HAS_TOP1,
+        HAS_ACC,
+        EVEN,
+        CLAMP,
+        BLOCK,
+    )
+    if not HAS_ACC:
+        m = tl.maximum(m_old, top * slope)
+        safe = tl.where(m == -float("inf"), 0.0, m)
+        if tl.abs(safe - anchor) > _REACH:  # above it only where the guess was made from -inf alone
+            anchor = safe
+            sums, shifted_sums, squares, logits, top, before = _sweep(
+                tile_row_ptr,
+                bias_ptr,
+                local,
+                anchor,
+                n_columns,
+                slope,
+                logit_scale,
+                softcap,
+                inv_temperature,
+                NEGATIVE,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                HAS_ENTROPY,
+                HAS_SQUARES,
+                HAS_MEAN,
+                HAS_TOP1,
+                HAS_ACC,
+                EVEN,
+                CLAMP,
+                BLOCK,
+            )
+        # From the guess to the maximum
+        settle = tl.exp(anchor - safe)
+        shifted_sums = (shifted_sums + (anchor - safe) * sums) * settle
+        sums *= settle
+        squares *= settle * settle
+        anchor = safe
     rescale = tl.exp(m_old - anchor)
-    shifted = x * slope - anchor
-    e = tl.exp(shifted)
     tl.store(stat_ptr, m)
-    tl.store(stat_ptr + stats_stride, sum_old * rescale + tl.sum(e, axis=0))
+    tl.store(stat_ptr + stats_stride, sum_old * rescale + sums)
     if HAS_ENTROPY:
         # Sums of e (z - MAX), not of e z: at logits near 100 the latter loses the entropy's last digits
         old = tl.where(first, 0.0, tl.load(stat_ptr + 2 * stats_stride))
         moved = tl.where(rescale > 0, (m_old - anchor) * sum_old, 0.0)
-        if CLAMP:
-            shifted = tl.maximum(shifted, _FLOOR)
-        tl.store(stat_ptr + 2 * stats_stride, (old + moved) * rescale + tl.sum(e * shifted, axis=0))
+        tl.store(stat_ptr + 2 * stats_stride, (old + moved) * rescale + shifted_sums)
     if HAS_SQUARES:
         old = tl.where(first, 0.0, tl.load(stat_ptr + 3 * stats_stride))
-        tl.store(stat_ptr + 3 * stats_stride, old * rescale * rescale + tl.sum(e * e, axis=0))
+        tl.store(stat_ptr + 3 * stats_stride, old * rescale * rescale + squares)
+    if HAS_MEAN:
+        old = tl.where(first, 0.0, tl.load(stat_ptr + 4 * stats_stride))
+        tl.store(stat_ptr + 4 * stats_stride, old + logits * slope)
     if HAS_TOP1:
         # argmax takes the first maximum, so a tie with an earlier token is no hit
         old = tl.where(first, -float("inf"), tl.load(stat_ptr + 5 * stats_stride))
-        before = tl.max(tl.where(columns < local, x, -float("inf")), axis=0) * slope
-        tl.store(stat_ptr + 5 * stats_stride, tl.maximum(old, before))
+        tl.store(stat_ptr + 5 * stats_stride, tl.maximum(old, before * slope))
     old = tl.where(first, float("nan"), tl.load(stat_ptr + 6 * stats_stride))
     tl.store(stat_ptr + 6 * stats_stride, tl.where(hit, target * slope, old))
 
     if HAS_ACC:
-        if HAS_SOFTCAP:
-            t = x / (softcap * inv_temperature)
-            e = tl.where(e == 0, 0.0, e * (1 - t * t))
-        e = e.to(tile_ptr.dtype.element_ty)
-        if EVEN:
-            tl.store(tile_row_ptr + columns, e)
-        else:
-            tl.store(tile_row_ptr + columns, e, mask=inside)
         tl.debug_barrier()  # the row is written before its target is cleared
         tl.store(tile_row_ptr + local, tl.zeros((), tile_ptr.dtype.element_ty), mask=hit)
         # The row's own program owns its sums too. With the common tokens first in a vocabulary, the maximum hardly ever
         # moves after the first tile, and then nothing is read here
         if (rescale != 1.0) & (vocab_start > 0):
             acc_row_ptr = acc_ptr + row * acc_stride
-            for start in range(0, acc_columns, ACC_BLOCK):
-                at = start + tl.arange(0, ACC_BLOCK)
+            for start in range(0, acc_columns, BLOCK):
+                at = start + tl.arange(0, BLOCK)
                 acc = tl.load(acc_row_ptr + at, mask=at < acc_columns, other=0.0)
                 tl.store(acc_row_ptr + at, acc * rescale, mask=at < acc_columns)
 
@@ -276,11 +452,11 @@ def fold(
     transform: Transform,
     outputs: tuple[str, ...],
 ) -> None:
-    """See `tiles.fold`. A row of the tile stays in registers between its maximum and its exponentials."""
+    """See `tiles.fold`."""
     n, w = tile.shape
     if n == 0:
         return
-    block = max(triton.next_power_of_2(w), 128)
+    block = min(max(triton.next_power_of_2(w), 128), _FOLD_BLOCK)
     _fold_kernel[(n,)](
         tile,
         tile.stride(0),
@@ -305,12 +481,11 @@ def fold(
         HAS_MEAN="mean_logit" in outputs,
         HAS_TOP1="top1" in outputs,
         HAS_ACC=acc is not None,
-        EVEN=w == block,
+        EVEN=w % block == 0,
         # Where -inf can be: outside of the tile, from a bias, from float16
-        CLAMP=w != block or bias is not None or tile.dtype == torch.float16,
+        CLAMP=w % block != 0 or bias is not None or tile.dtype == torch.float16,
         BLOCK=block,
-        ACC_BLOCK=1024,
-        num_warps=_warps(block),
+        num_warps=_FOLD_WARPS,
     )
 
 
@@ -343,7 +518,7 @@ def jacobian(
         transform.temperature / (transform.softcap or 1.0),
         HAS_SOFTCAP=transform.softcap is not None,
         BLOCK=_JACOBIAN_BLOCK,
-        num_warps=4,
+        num_warps=_JACOBIAN_WARPS,
     )
 
 
@@ -386,9 +561,5 @@ def grad_tile(
         HAS_GRAD_ENTROPY=grad_entropy is not None,
         EVEN=w % block == 0,
         BLOCK=block,
-        num_warps=_warps(block),
+        num_warps=_GRAD_WARPS,
     )
-
-
-def _warps(block: int) -> int:
-    return min(max(block // _VALUES_PER_WARP, 4), 32)

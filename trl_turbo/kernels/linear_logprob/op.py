@@ -12,6 +12,7 @@ from .. import get_override
 from . import checks, passes
 from .spec import OUTPUTS, LinearLogprobOutput, Spec, Transform
 
+_EARLY = True
 LowRank = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -135,7 +136,7 @@ class _LinearLogprob(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         # The Jacobian serves a trained head too: its recomputation then makes no gradient for hidden, so the products are
         # four either way, and no float32 [N, H] sum lives through a loop over the vocabulary.
-        early = not spec.entropy_grad
+        early = not spec.entropy_grad and (_EARLY or not (needs_weight or needs_bias or needs_b))
         later = spec.entropy_grad or needs_weight or needs_bias or needs_b
         outputs = set(spec.outputs) | ({"logsumexp"} if later else set())
         head = passes.Head(weight, bias, b, spec.compute_dtype)
