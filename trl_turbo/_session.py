@@ -72,13 +72,16 @@ class Session:
         self._states: dict[str, _State] = {}
         self._watched: frozenset[str] = frozenset()
         self._strict = False
+        self._verbose: bool | None = None
         self._notes = NoteLog()
         self._last = Report()
 
     def patch(self, *, strict: bool, verbose: bool | None, features: dict[str, bool | None]) -> Report:
         """Apply what is asked for; see :func:`trl_turbo.patch`."""
         switches = _plan.switches_of(features)
-        changed = self._adopt(switches, strict)
+        changed = self._adopt(switches)
+        with self._lock:
+            self._strict, self._verbose = strict, verbose
         self._catch_up()
         with self._lock:
             found = self._publish()
@@ -136,20 +139,18 @@ class Session:
 
     # -- intent ------------------------------------------------------------------------------------------------------
 
-    def _adopt(self, switches: Switches, strict: bool) -> bool:
+    def _adopt(self, switches: Switches) -> bool:
         """Make the plan that is asked for the current one; return whether it is another than before."""
         with self._lock:
             plan = self._plan
             known = plan is not None and switches.unknown(plan.features) is None
             if plan is not None and known and _plan.ask(switches, plan.features) == plan.asked:
-                self._strict = strict
                 return False
         new = _plan.make(self._sources, switches)
         with self._lock:
             old = self._plan
             if old is not None and old.asked == new.asked:  # another thread was first
                 return False
-            self._strict = strict
             self._plan = new
             self._reconcile(new)
             self._clear_kernels(old)
@@ -233,7 +234,7 @@ class Session:
             if strict and bad:
                 raise PatchError(f"{name} was imported under patch(strict=True): {_reasons(bad)}")
             if plan is not None and concerned:
-                self._announce(found, None, plan, only={state.patch.name for state in concerned})
+                self._announce(found, self._verbose, plan, only={state.patch.name for state in concerned})
         except PatchError:
             raise
         except Exception:
@@ -275,6 +276,9 @@ class Session:
                 reason = _BLOCKED.format(", ".join(blocked[name]))
                 row = Row(row.name, row.feature, Status.BLOCKED, reason, row.target, row.summary, row.source)
             rows.append(row)
+        for name in sorted(blocked.keys() - self._states.keys()):  # its plugin is gone meanwhile
+            reason = _BLOCKED.format(", ".join(blocked[name]))
+            rows.append(Row(name, name.partition(".")[0], Status.BLOCKED, reason))
         failures: Iterable[Row] = ()
         versions = self._last.versions
         if self._plan is not None:

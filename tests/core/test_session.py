@@ -437,6 +437,19 @@ def test_blocked_row(target, new_session, core):
     assert module.Target.method is original
 
 
+def test_blocked_row_of_a_plugin_that_is_gone(target, new_session, core):
+    plugin = core.Plugin(core.make_patch(target.name, build=lambda m: core.replacements(m, ("method",))))
+    session = new_session(plugin)
+    module = target.load()
+    session.patch()
+    ours = module.Target.method
+    module.Target.method = lambda self: f"foreign({ours(self)})"
+    session.unpatch()
+    plugin.patches = []
+    assert session.patch()["demo.one"].status == "blocked"
+    assert module.Target().method() == "foreign(stock)"
+
+
 # -- what is told ------------------------------------------------------------------------------------------------------
 
 
@@ -458,6 +471,8 @@ def test_log_lines(target, new_session, core, caplog):
     assert caplog.messages == [f"trl_turbo {version}: 2 off"]
     caplog.clear()
     session.patch(verbose=False)
+    target.forget()
+    target.load()
     assert caplog.messages == []
     session.unpatch()
     caplog.clear()

@@ -11,7 +11,7 @@ import pytest
 
 import trl_turbo
 
-pytestmark = [pytest.mark.slow, pytest.mark.trl]
+pytestmark = pytest.mark.slow
 
 SETUP = """
 import json, sys
