@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+# Read when vLLM is imported: one process, a small cache, no network.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("vllm") is not None and not HAS_VLLM:
+            item.add_marker(pytest.mark.skip(reason="vllm is not importable: `tox run -e vllm` has it"))
+
+
+@pytest.fixture(autouse=True)
+def _collected():
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Starts engines as TRL does: `turbo(model, **kwargs)`."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "29511")
+
+    def start(model, *, work=None, **kwargs):
+        from trl_turbo.engine.llm import TurboLLM
+        from trl_turbo.engine.plan import Work
+        from trl_turbo.engine.serving import Trainee, serving
+
+        with serving(Trainee(model, None, work or Work(4, 16, 32))):
+            return TurboLLM(**trl_arguments(model), **kwargs)
+
+    return start
+
+
+def trl_arguments(model) -> dict[str, object]:
+    """What TRL 1.16 passes to `LLM`."""
+    return {
+        "model": model.name_or_path,
+        "tensor_parallel_size": 1,
+        "gpu_memory_utilization": 0.3,
+        "max_model_len": None,
+        "max_num_seqs": 4,
+        "enable_sleep_mode": False,
+        "model_impl": "vllm",
+        "distributed_executor_backend": "external_launcher",
+        "seed": 0,
+        "max_num_batched_tokens": 4096,
+        "logprobs_mode": "processed_logprobs",
+        "quantization": None,
+        "trust_remote_code": False,
+    }

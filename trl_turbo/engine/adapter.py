@@ -1,0 +1,147 @@
+"""A PEFT adapter in vLLM's own buffers, updated in place from memory.
+
+vLLM is told of the adapter once, without weights: no file, no copy of the adapter on the host. What it multiplies by are
+its slot buffers, whose addresses CUDA graphs hold, so a push copies into them and never replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_turbo.engine.adapter_config import active_adapter, adapter_layers
+from trl_turbo.engine.errors import EngineDeclined
+
+#: Ranks that vLLM has buffers for; the next larger one is taken.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_ID = 1
+_PATH = "memory://trl_turbo"
+
+
+def llm_kwargs(model: Any) -> dict[str, Any]:
+    """What `LLM` needs to be able to serve the model's adapter.
+
+    Raises:
+        EngineDeclined: The rank is larger than vLLM's buffers.
+    """
+    name = active_adapter(model)
+    if name is None:
+        return {}
+    highest = max(layer.lora_A[name].weight.shape[0] for layer in adapter_layers(model, name).values())
+    rank = next((r for r in RANKS if r >= highest), None)
+    if rank is None:
+        raise EngineDeclined(f"the adapter has rank {highest}, and vLLM serves up to {RANKS[-1]}")
+    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One LoRA layer of PEFT's and its places in vLLM: `a` [r, in], `b` [out, r]."""
+
+    layer: Any
+    a: Tensor
+    b: Tensor
+
+
+class ServedAdapter:
+    """The trainer's adapter in one pinned slot of a vLLM.
+
+    Args:
+        model: The trainer's PEFT model.
+        manager: vLLM's `WorkerLoRAManager` in this process.
+
+    Raises:
+        EngineDeclined: vLLM has no place for one of its layers.
+    """
+
+    def __init__(self, model: Any, manager: Any) -> None:
+        from vllm.lora.request import LoRARequest
+
+        name = active_adapter(model)
+        if name is None:
+            raise EngineDeclined("the model has no adapter to serve")
+        self.name = name
+        self.request = LoRARequest(lora_name="trl_turbo", lora_int_id=_ID, lora_path=_PATH)
+        self._manager = manager
+        self._register()
+        self._targets = self._find(adapter_layers(model, name))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of vLLM's adapter buffers, all slots."""
+        buffers: dict[int, int] = {}
+        for module in self._manager._adapter_manager.modules.values():
+            for stacked in (module.lora_a_stacked, module.lora_b_stacked):
+                for tensor in stacked if isinstance(stacked, (tuple, list)) else (stacked,):
+                    buffers[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return sum(buffers.values())
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Copy the adapter as it is now into vLLM's buffers, scaled. Call after each optimizer step.
+
+        Raises:
+            EngineDeclined: vLLM has dropped the adapter from its slot.
+        """
+        if self._slot() is None:
+            raise EngineDeclined("vLLM dropped the trainer's adapter from its slot; do not load others into this engine")
+        name = self.name
+        into_b = [target.b for target in self._targets]
+        torch._foreach_copy_([t.a for t in self._targets], [t.layer.lora_A[name].weight for t in self._targets])
+        torch._foreach_copy_(into_b, [t.layer.lora_B[name].weight for t in self._targets])
+        # Scaled in the buffer, as vLLM does when it loads one; read anew, since a script may change it
+        torch._foreach_mul_(into_b, [float(t.layer.scaling[name]) for t in self._targets])
+
+    def _register(self) -> None:
+        """Take the slot with an adapter that has no weights, and pin it."""
+        manager = self._manager
+        from_disk = manager._load_adapter
+
+        def load(request: Any) -> Any:
+            if request.lora_path != _PATH:
+                return from_disk(request)
+            from vllm.lora.lora_model import LoRAModel
+
+            return LoRAModel(request.lora_int_id, manager.lora_config.max_lora_rank, {})
+
+        # On the instance: vLLM reads adapters from a folder and has no way to be given one.
+        manager._load_adapter = load
+        manager.add_adapter(self.request)
+        manager.pin_adapter(_ID)
+
+    def _slot(self) -> int | None:
+        ids = self._manager._adapter_manager.lora_index_to_id
+        return ids.index(_ID) if _ID in ids else None
+
+    def _find(self, layers: Mapping[str, Any]) -> tuple[_Target, ...]:
+        manager, slot = self._manager._adapter_manager, self._slot()
+        left = dict(layers)
+        found: list[_Target] = []
+        for name, module in manager.modules.items():
+            parent, _, leaf = name.rpartition(".")
+            # vLLM has one module for q, k and v, and one for gate and up, with a buffer for each
+            parts = manager.packed_modules_mapping.get(leaf, [leaf])
+            for index, part in enumerate(parts):
+                layer = left.pop(f"{parent}.{part}", None)
+                if layer is not None:
+                    found.append(self._target(name, module, index, slot, layer))
+        if left:
+            raise EngineDeclined(f"vLLM has no adapter buffer for {next(iter(left))} ({len(left)} such)")
+        return tuple(found)
+
+    def _target(self, name: str, module: Any, index: int, slot: int | None, layer: Any) -> _Target:
+        if not isinstance(module.lora_a_stacked, tuple) or index >= len(module.lora_a_stacked):
+            raise EngineDeclined(f"vLLM keeps the adapter of {name} in another layout")
+        rank, inputs = layer.lora_A[self.name].weight.shape
+        outputs = layer.lora_B[self.name].weight.shape[0]
+        a, b = module.lora_a_stacked[index][slot, 0], module.lora_b_stacked[index][slot, 0]
+        if a.shape[0] < rank or a.shape[1] != inputs or b.shape[0] != outputs:
+            raise EngineDeclined(
+                f"vLLM's adapter buffers of {name} are {tuple(a.shape)} and {tuple(b.shape)}, and the layer needs "
+                f"({rank}, {inputs}) and ({outputs}, {rank})"
+            )
+        return _Target(layer, a[:rank], b[:, :rank])

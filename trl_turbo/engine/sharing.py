@@ -1,0 +1,124 @@
+"""One copy of the weights: what is shared, and whether it still is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl_turbo.engine.destinations import Shape, trace
+from trl_turbo.engine.errors import EngineDeclined, WeightsMoved
+from trl_turbo.engine.names import Slot, base_weights
+from trl_turbo.engine.storage import adopt, part
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One weight of the trainer and its place in vLLM."""
+
+    slot: Slot
+    owner: nn.Parameter
+    offset: int  # elements, from the start of the owner's storage
+    shape: Shape
+
+    def in_place(self) -> bool:
+        tensor = self.slot.module._parameters[self.slot.leaf]
+        # data_ptr alone: this runs before every rollout, some 0.2 us a tensor
+        start = self.owner.data_ptr() + self.offset * self.owner.element_size()
+        return tensor is not None and tensor.data_ptr() == start
+
+
+class SharedWeights:
+    """The weights that a vLLM model and a trainer's model have in common.
+
+    Args:
+        model: The trainer's model; PEFT wrappers are seen through.
+
+    Attributes:
+        nbytes: Bytes of the trainer's weights that vLLM reads in place.
+        padding_bytes: Bytes that sharing added: rows that vLLM pads a vocabulary with.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._slots = base_weights(model)
+        self._pairs: tuple[_Pair, ...] = ()
+        self.nbytes = 0
+        self.padding_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """The shared weights, by checkpoint name."""
+        return self._slots
+
+    def attach(self, vllm_model: nn.Module) -> None:
+        """Point vLLM's freshly built model at the trainer's weights.
+
+        Raises:
+            EngineDeclined: The two cannot share every tensor; the trainer's model is unchanged then.
+        """
+        if self._pairs:
+            raise EngineDeclined("the weights are shared with one vLLM already, and this is a second one")
+        shapes = {name: Shape(slot.parameter.shape, slot.parameter.dtype) for name, slot in self._slots.items()}
+        destinations = trace(vllm_model, shapes)
+        owners = adopt(vllm_model, self._slots, destinations)
+        self._pairs = tuple(
+            _Pair(slot, owners[destinations[name].parameter], destinations[name].offset, shapes[name])
+            for name, slot in self._slots.items()
+        )
+        self.nbytes = sum(_nbytes(slot.parameter) for slot in self._slots.values())
+        self.padding_bytes = sum(map(_nbytes, owners.values())) - self.nbytes
+
+    def verify(self, vllm_model: nn.Module) -> None:
+        """Check, once vLLM has finished loading, that its model still has the parameters that were shared.
+
+        Raises:
+            EngineDeclined: vLLM replaced or repacked one after loading, or a weight of the trainer moved.
+        """
+        live = {id(p) for p in vllm_model.parameters()}
+        for pair in self._pairs:
+            if id(pair.owner) not in live:
+                raise EngineDeclined(f"vLLM replaced the weight {pair.slot.name} after loading, as repacking backends do")
+            if not pair.in_place():
+                raise EngineDeclined(f"vLLM moved the weight {pair.slot.name} after loading, as repacking backends do")
+
+    def check(self) -> int:
+        """Make sure that vLLM reads what the trainer trains; cheap enough for every rollout.
+
+        A weight that was put elsewhere (`load_state_dict(assign=True)`, `model.to(...)`, a merge that rebinds) is copied
+        into its place and becomes a view of it again; vLLM's graphs hold the address, so it must be that one.
+
+        Returns:
+            How many weights had moved.
+
+        Raises:
+            WeightsMoved: One has another shape, dtype or device now.
+        """
+        moved = [pair for pair in self._pairs if not pair.in_place()]
+        for pair in moved:
+            self._return(pair)
+        return len(moved)
+
+    @torch.no_grad()
+    def _return(self, pair: _Pair) -> None:
+        parameter = pair.slot.parameter
+        wanted = part(pair.owner.data, pair.shape.dims, pair.offset)
+        expected = pair.shape
+        found = Shape(parameter.shape, parameter.dtype)
+        if found != expected or parameter.device != wanted.device:
+            raise WeightsMoved(
+                f"{pair.slot.name} became {tuple(found.dims)} {found.dtype} on {parameter.device} and was "
+                f"{tuple(expected.dims)} {expected.dtype} on {wanted.device}, so generation would read an old copy; "
+                "build the trainer after such changes"
+            )
+        wanted.copy_(parameter.data)
+        parameter.data = wanted
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,115 @@
+"""Decide how an engine for a trainer is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trl_turbo.engine import adapter, plan
+from trl_turbo.engine.adapter_config import active_adapter
+from trl_turbo.engine.checks import declined
+from trl_turbo.engine.errors import EngineDeclined
+from trl_turbo.engine.names import base_model
+from trl_turbo.engine.plan import Plan
+from trl_turbo.engine.serving import Trainee
+from trl_turbo.engine.sharing import SharedWeights
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that is settled before vLLM is called.
+
+    Attributes:
+        trainee: Whom the engine serves.
+        llm_kwargs: Arguments for `vllm.LLM`.
+        weights: What it will share.
+        plan: Its sizes.
+        serves_adapter: Whether the adapter is served from vLLM's buffers.
+        can_release: Whether the KV cache can be given up between rollouts.
+    """
+
+    trainee: Trainee
+    llm_kwargs: dict[str, Any]
+    weights: SharedWeights
+    plan: Plan
+    serves_adapter: bool
+    can_release: bool
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, in sentences."""
+        return self.plan.notes
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """While open, vLLM's loader takes the trainee's weights."""
+        from trl_turbo.engine.loader import sharing
+
+        with sharing(self.weights):
+            yield
+
+    def failure(self, error: Exception) -> str:
+        """Say in a sentence that vLLM did not start, and where memory went if it ran out."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return (
+                f"vLLM ran out of memory at start: its KV cache takes {self.plan.kv_bytes / _GIB:.1f} GiB beside "
+                f"{self.weights.nbytes / _GIB:.1f} GiB of shared weights; lower per_device_train_batch_size, "
+                "max_completion_length or vllm_max_model_length"
+            )
+        return f"vLLM did not start on the trainer's weights ({type(error).__name__}: {error})"
+
+
+def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
+    """Settle how to start, or decline.
+
+    Args:
+        trainee: Whom the engine serves.
+        given: What TRL passes to `LLM`; what is not `None` there stays, save what sharing decides (see below).
+
+    Raises:
+        EngineDeclined: The model, its adapter or a setting cannot be served.
+    """
+    reason = declined(trainee.model, given, trainee.accelerator)
+    if reason is not None:
+        raise EngineDeclined(reason)
+    from trl_turbo.engine.loader import LOAD_FORMAT
+
+    weights = SharedWeights(trainee.model)
+    parameter = next(iter(weights.slots.values())).parameter
+    on_gpu = parameter.is_cuda
+    served = active_adapter(trainee.model) is not None
+    free, total = torch.cuda.mem_get_info(parameter.device) if on_gpu else (None, None)
+    sizes = plan.plan(
+        base_model(trainee.model).config,
+        trainee.work,
+        given,
+        itemsize=parameter.element_size(),
+        free_bytes=free,
+        graphs=on_gpu and not given.get("enforce_eager"),
+        adapter=served,
+    )
+    kwargs = {name: value for name, value in given.items() if value is not None}
+    kwargs |= sizes.llm_kwargs
+    kwargs |= adapter.llm_kwargs(trainee.model) if served else {}
+    kwargs |= {"load_format": LOAD_FORMAT, "dtype": str(parameter.dtype).removeprefix("torch.")}
+    if on_gpu and free is not None and total is not None:
+        kwargs |= _on_gpu(kwargs, free, total)
+    else:
+        # vLLM has no sleep mode on a CPU and refuses to start with it; ours gives up nothing there. Compiling would take
+        # longer than the rollouts that a CPU is used for.
+        kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
+    return Start(trainee, kwargs, weights, sizes, served, can_release=on_gpu)
+
+
+def _on_gpu(kwargs: dict[str, Any], free: int, total: int) -> dict[str, Any]:
+    from trl_turbo.engine.worker import QUALNAME
+
+    # vLLM refuses to start where this share of the device is not free, though `kv_cache_memory_bytes` sets the size.
+    share = min(kwargs.get("gpu_memory_utilization", 0.9), 0.95 * free / total)
+    return {"worker_cls": QUALNAME, "enable_sleep_mode": True, "gpu_memory_utilization": share}

@@ -1,0 +1,42 @@
+"""The GPU worker of a shared engine: vLLM's own, save that sleeping gives up the KV cache alone."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from vllm.v1.worker.gpu_worker import Worker
+
+#: What `worker_cls` takes.
+QUALNAME = f"{__name__}.SharedWorker"
+
+
+class SharedWorker(Worker):  # type: ignore[misc]
+    """Keeps the weights out of the pool that sleep mode empties.
+
+    vLLM puts all that `load_model` allocates into the pool `weights`, which level 1 copies to the host and level 2 throws
+    away. Here those are the trainer's weights and vLLM's adapter buffers: the trainer needs the first, graphs hold the
+    addresses of the second. vLLM 0.26 has no level that leaves them; from 0.31 `release_kv_cache_memory()` does, but not
+    the tensors that sharing joins while the pool is open.
+    """
+
+    graph_bytes = 0
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's; keeps what it measures while it captures CUDA graphs."""
+        capture = self.model_runner.capture_model
+
+        def measured() -> int:
+            self.graph_bytes = capture()
+            return self.graph_bytes
+
+        self.model_runner.capture_model = measured
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            del self.model_runner.capture_model
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[object]:
+        if tag == "weights":
+            return nullcontext()
+        return super()._maybe_get_memory_pool_context(tag)  # type: ignore[no-any-return]
