@@ -95,7 +95,9 @@ def _score(
         outputs = original(model, *args, return_dict=True, **kwargs)
     pending = getattr(outputs, "logits", None)
     if not isinstance(pending, PendingLogits) or seen.calls != 1:
-        raise UnsupportedLogitsOp(f"the model's forward called its output head {seen.calls} times or changed the result")
+        raise UnsupportedLogitsOp(
+            f"the model's forward called its output head {seen.calls} times or changed the result"
+        )
 
     hidden = pending.hidden  # [B, L, H]
     from_labels = labels is not None or shift_labels is not None
@@ -140,7 +142,9 @@ def _statistics(
     with torch.autocast(rows.device.type, enabled=False) if in_fp32 else nullcontext():
         if head.weight is None:
             note("logprob", f"{head.reason}: scored through the head itself, a few rows at a time")
-            found = head_logprob(module, rows, wanted, **common)
+            # Its hooks ran already: those before it on `rows`, those after it on the pending logits
+            hooked = module._forward_hooks or module._forward_pre_hooks
+            found = head_logprob(head.module if hooked else module, rows, wanted, **common)
         else:
             rows = rows.float() if in_fp32 else rows
             low_rank = None if head.adapter is None else (head.adapter(rows), head.adapter_weight)

@@ -59,8 +59,10 @@ def _scored(original: Callable[..., Any]) -> Callable[..., Any]:
             return run()
         asked = signature.bind(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs).arguments
         hook_models(model)
+        # TRL before 1.12 or so averages LUSPO's KL term over padding too: there padding is scored like the rest
+        masked = getattr(self, "loss_type", "") != "luspo"
         request = Request(
-            targets=completion_targets(logits_to_keep),
+            targets=completion_targets(logits_to_keep, masked),
             temperature=self.temperature,
             outputs=("logps", "entropy") if asked.get("compute_entropy") else ("logps",),
             # TRL < 1.7 has no entropy bonus: there the entropy feeds metrics and a mask, neither differentiable
