@@ -34,7 +34,9 @@ def run(checkout: Path, arguments: list[str], patched: bool) -> dict[str, str]:
         command = [sys.executable, "-m", "pytest", "-q", *plugin, f"--junit-xml={report}", *arguments]
         code = subprocess.run(command, cwd=checkout, env=environment, check=False).returncode
         if not report.exists():
-            raise SystemExit(f"pytest wrote no report for {checkout} (exit code {code}): run {' '.join(command)} by hand.")
+            raise SystemExit(
+                f"pytest left {checkout} with exit code {code} and no report: run {' '.join(command)} by hand."
+            )
         return outcomes(report)
 
 
@@ -59,7 +61,7 @@ def differences(stock: dict[str, str], patched: dict[str, str]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     if not arguments or not (checkout := Path(arguments[0])).is_dir():
-        raise SystemExit(f"a clone of TRL is needed as the first argument, found {arguments[:1]}; see the top of this file.")
+        raise SystemExit(f"a clone of TRL is needed as the first argument, found {arguments[:1]}; see this file's top.")
     chosen = arguments[1:] or [name for name in FILES if (checkout / name).exists()]
     if not chosen:
         raise SystemExit(f"{checkout} has none of {', '.join(FILES)}: name a clone of TRL, or the tests to run.")

@@ -88,7 +88,7 @@ def _linear_head(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]
     return Head(call, weight=weight, bias=module.bias, in_fp32=in_fp32)
 
 
-def _active_module(module: nn.Module) -> tuple[nn.Module | None, str]:
+def _active_module(module: Any) -> tuple[nn.Module | None, str]:
     """See through PEFT's `modules_to_save` wrapper: the copy in use, or the original while adapters are off."""
     copies = getattr(module, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
@@ -101,11 +101,11 @@ def _active_module(module: nn.Module) -> tuple[nn.Module | None, str]:
     return copies[active[0]], ""
 
 
-def _is_lora_linear(module: nn.Module) -> bool:
+def _is_lora_linear(module: Any) -> bool:
     return all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "scaling", "active_adapters"))
 
 
-def _lora_head(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> Head:
+def _lora_head(module: Any, call: Callable[[torch.Tensor], torch.Tensor]) -> Head:
     base = _inner_head(module.base_layer, call)
     if base.weight is None or base.in_fp32:
         return Head(call, reason=base.reason or "the adapted head is also cast to float32")

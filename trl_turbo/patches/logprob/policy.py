@@ -23,6 +23,7 @@ def method_name(trainer: type) -> str:
 
 
 def probe(module: ModuleType, trainer_name: str) -> str | None:
+    """Why the module does not fit, or `None`."""
     trainer = getattr(module, trainer_name, None)
     if trainer is None:
         return f"{module.__name__} has no {trainer_name}"
@@ -38,6 +39,7 @@ def probe(module: ModuleType, trainer_name: str) -> str | None:
 
 
 def build(module: ModuleType, trainer_name: str) -> Iterator[Replacement]:
+    """The one method that every pass goes through, and the functions of logits it calls."""
     trainer = getattr(module, trainer_name)
     yield from replacements(module)
     yield Replacement(trainer, method_name(trainer), _scored)
