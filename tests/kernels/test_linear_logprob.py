@@ -17,11 +17,15 @@ from trl_turbo.kernels.linear_logprob.reference import excess_error, linear_logp
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]),
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+    ),
 ]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("hidden", "weight", "bias", "a", "b")
+# Enough elements for an average error to be one, and still ragged
+FAIR = {"n": 251, "v": 509, "h": 72}
 TRANSFORMS = [{}, {"temperature": 0.7, "logit_scale": 1.5}, {"temperature": 1.2, "softcap": 4.0, "logit_scale": -2.0}]
 
 
@@ -49,7 +53,11 @@ def loss(out, grads, entropy_grad):
 def compare(device, dtype, needs, use_bias, use_low_rank, entropy_grad, transform, byte_budget=None, **sizes):
     tensors, targets, grads = make(device, dtype, **sizes)
     results = []
-    for fn, cast in ((linear_logprob, dtype), (linear_logprob_reference, dtype), (linear_logprob_reference, torch.float64)):
+    for fn, cast in (
+        (linear_logprob, dtype),
+        (linear_logprob_reference, dtype),
+        (linear_logprob_reference, torch.float64),
+    ):
         leaves = {k: t.detach().to(cast).requires_grad_(k in needs) for k, t in tensors.items()}
         if fn is linear_logprob:
             kw = {"outputs": OUTPUTS, "entropy_grad": entropy_grad, "byte_budget": byte_budget}
@@ -90,7 +98,7 @@ def compare(device, dtype, needs, use_bias, use_low_rank, entropy_grad, transfor
     ids=str,
 )
 def test_values_and_gradients(device, dtype, transform, needs, use_bias, use_low_rank):
-    compare(device, dtype, needs, use_bias, use_low_rank, False, transform, byte_budget=3000)
+    compare(device, dtype, needs, use_bias, use_low_rank, False, transform, byte_budget=100_000, **FAIR)
 
 
 @on_each_device
@@ -98,11 +106,13 @@ def test_values_and_gradients(device, dtype, transform, needs, use_bias, use_low
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), NAMES], ids=str)
 def test_entropy_gradient(device, dtype, transform, needs):
-    compare(device, dtype, needs, True, True, True, transform, byte_budget=3000)
+    compare(device, dtype, needs, True, True, True, transform, byte_budget=100_000, **FAIR)
 
 
 @on_each_device
-@pytest.mark.parametrize("sizes", [{"n": 1}, {"v": 1}, {"h": 1}, {"n": 1, "v": 2, "h": 1}, {"n": 129, "v": 1031, "h": 65}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"n": 1}, {"v": 1}, {"h": 1}, {"n": 1, "v": 2, "h": 1}, {"n": 129, "v": 1031, "h": 65}], ids=str
+)
 @pytest.mark.parametrize("byte_budget", [1, 10_000, None])
 def test_ragged_sizes(device, sizes, byte_budget):
     if byte_budget == 1 and sizes.get("n", 0) > 100:
@@ -135,13 +145,16 @@ def test_strides_and_inputs_stay(device):
     leaves = {k: t.requires_grad_() for k, t in odd.items()}
     out = call(linear_logprob, leaves, targets.repeat_interleave(2)[::2], True, True, outputs=OUTPUTS)
     loss(out, [g.repeat_interleave(2)[::2] for g in grads], False).backward()
-    for found, expected in zip(out, wanted, strict=True):
-        assert excess_error(found.float(), expected.float(), expected.float()) <= 1
+    assert torch.equal(out.top1, wanted.top1)
+    for found, expected in zip(out[:5], wanted[:5], strict=True):
+        assert excess_error(found, expected, expected) <= 1
     assert all(torch.equal(t, before[k]) for k, t in leaves.items())
     assert all(t.grad is not None for t in leaves.values())
     one_row = tensors["hidden"][:1].expand(5, -1)
     out = linear_logprob(one_row, tensors["weight"], targets[:5])
-    assert excess_error(out.logps, out.logps, linear_logprob_reference(one_row, tensors["weight"], targets[:5]).logps) <= 1
+    assert (
+        excess_error(out.logps, out.logps, linear_logprob_reference(one_row, tensors["weight"], targets[:5]).logps) <= 1
+    )
 
 
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight"), NAMES], ids=str)
@@ -153,8 +166,15 @@ def test_gradcheck(needs, entropy_grad, transform):
 
     def fn(*_):
         out = call(
-            linear_logprob, leaves, targets, True, True, outputs=("logps", "entropy"), entropy_grad=entropy_grad,
-            byte_budget=200, **transform,
+            linear_logprob,
+            leaves,
+            targets,
+            True,
+            True,
+            outputs=("logps", "entropy"),
+            entropy_grad=entropy_grad,
+            byte_budget=200,
+            **transform,
         )
         return (out.logps, out.entropy) if entropy_grad else out.logps
 
@@ -178,7 +198,7 @@ def test_tied_weight_gets_both_gradients():
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=str)
 def test_autocast(device, dtype, master, needs):
     """fp32 master weights under autocast, with fp32 or already low hidden states; gradients come back in their dtypes."""
-    tensors, targets, grads = make(device, torch.float32)
+    tensors, targets, grads = make(device, torch.float32, **FAIR)
     truth = {k: t.double().requires_grad_(k in needs) for k, t in tensors.items()}
     out = call(linear_logprob_reference, truth, targets, True, False)
     loss(out, grads, False).backward()
@@ -244,7 +264,9 @@ def test_second_backward(device):
 def test_double_backward_raises():
     tensors, targets, _ = make("cpu", torch.float32)
     hidden = tensors["hidden"].requires_grad_()
-    (grad,) = torch.autograd.grad(linear_logprob(hidden, tensors["weight"], targets).logps.sum(), hidden, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        linear_logprob(hidden, tensors["weight"], targets).logps.square().sum(), hidden, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="differentiat"):
         grad.sum().backward()
 
@@ -284,7 +306,9 @@ def test_never_all_logits(device, entropy_grad, needs):
     tensors, targets, grads = make(device, torch.float32, n=n, v=v, h=h)
     leaves = {k: t.requires_grad_(k in needs) for k, t in tensors.items()}
     with Largest() as seen:
-        out = call(linear_logprob, leaves, targets, True, True, outputs=OUTPUTS, entropy_grad=entropy_grad, byte_budget=2**18)
+        out = call(
+            linear_logprob, leaves, targets, True, True, outputs=OUTPUTS, entropy_grad=entropy_grad, byte_budget=2**18
+        )
         if needs:
             loss(out, grads, entropy_grad).backward()
     assert seen.elements <= max(2**18 // 4, v * h)
@@ -299,9 +323,17 @@ def test_minus_infinity_bias(device):
     targets = targets % 150 + 150
     hidden = tensors["hidden"].requires_grad_()
     out = linear_logprob(
-        hidden, tensors["weight"], targets, bias=tensors["bias"], outputs=("logps", "entropy"), entropy_grad=True, byte_budget=2000
+        hidden,
+        tensors["weight"],
+        targets,
+        bias=tensors["bias"],
+        outputs=("logps", "entropy"),
+        entropy_grad=True,
+        byte_budget=2000,
     )
-    wanted = linear_logprob_reference(hidden.detach(), tensors["weight"][150:], targets - 150, bias=tensors["bias"][150:])
+    wanted = linear_logprob_reference(
+        hidden.detach(), tensors["weight"][150:], targets - 150, bias=tensors["bias"][150:]
+    )
     assert excess_error(out.logps, wanted.logps, wanted.logps) <= 1
     assert excess_error(out.entropy, wanted.entropy, wanted.entropy) <= 1
     (out.logps + out.entropy).sum().backward()
