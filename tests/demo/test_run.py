@@ -25,18 +25,29 @@ def no_leftovers(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 @pytest.mark.trl
-@pytest.mark.parametrize("stock", [False, True])
-def test_small_demo(tmp_path: Path, no_leftovers: None, stock: bool) -> None:
+def test_small_demo(tmp_path: Path, no_leftovers: None) -> None:
     console = Console(file=io.StringIO(), width=160)
-    rose = run(Options(out=tmp_path, steps=6, stock=stock, compare=False), console)
+    rose = run(Options(out=tmp_path, steps=6, compare=False), console)
     summary = json.loads((tmp_path / "demo.json").read_text())
     assert len(summary["rewards"]) == 6
     assert summary["rose"] is rose
     assert (tmp_path / "reward.png").exists()
     text = console.file.getvalue()
     assert "reward 0." in text
-    assert ("applied" in text) is not stock
+    assert "applied  logprob.grpo" in text
     assert ("did not rise" in text) is not rose
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_stock_trains_without_patching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stock: bool) -> None:
+    import trl_turbo
+
+    patched, ran = [], []
+    monkeypatch.setattr(trl_turbo, "patch", lambda: patched.append(True))
+    monkeypatch.setattr(measuring, "run_script", lambda script, arguments: ran.append(list(arguments)))
+    running.train(tmp_path / "model", Options(out=tmp_path, steps=7, stock=stock), Console(file=io.StringIO()))
+    assert bool(patched) is not stock
+    assert ran[0][ran[0].index("--max_steps") + 1] == "7"
 
 
 @pytest.mark.slow

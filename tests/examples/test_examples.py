@@ -11,8 +11,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAINERS = ("grpo", "rloo", "dpo", "online_dpo", "ppo")
-# Two fp32 runs that sum in another order: an epsilon of 1.2e-7 over sums of the order of a thousand terms. How closely each
-# trainer agrees is the business of tests/trainers; here a wrong or missing term of the loss must show.
+# Two fp32 runs that sum in another order: an epsilon of 1.2e-7 over sums of the order of a thousand terms. How closely
+# each trainer agrees is the business of tests/trainers; here a wrong or missing term of the loss must show.
 SLACK = 1e-4
 
 

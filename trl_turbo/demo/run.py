@@ -133,16 +133,16 @@ def compare(options: Options, console: Console) -> dict[str, object]:
         table.add_row(name, f"{result.peak_bytes / MIB:,.0f} MiB", f"{result.step_s:.2f}", norms)
     console.print(table)
     console.print(
-        f"{WIDE_BATCH} answers of {WIDE_LENGTH} tokens over a vocabulary of {WIDE_VOCABULARY:,}, in fp32 on the CPU, each "
-        "in a process of its own. Peak memory: resident, less what Python with torch and TRL held before the script. "
+        f"{WIDE_BATCH} answers of {WIDE_LENGTH} tokens over a vocabulary of {WIDE_VOCABULARY:,}, in fp32 on the CPU, "
+        "each in a process of its own. Peak memory: resident, less what Python with torch and TRL held before the script. "
         "Seconds a step: the median without the first, sampling included.",
         highlight=False,
     )
     same = found["patched"].peak_bytes > 0.95 * found["stock"].peak_bytes
     if same and "logprob.fused_head" in trl_turbo.status():
         console.print(
-            "This TRL has a fused head of its own, which patch() leaves in place where ours measures no faster, as on the "
-            "CPU: both runs are TRL's here. On TRL before 1.15 the same table shows the difference.",
+            "This TRL has a fused head of its own, which patch() leaves in place where ours measures no faster, as on "
+            "the CPU: both runs are TRL's here. On TRL before 1.15 the same table shows the difference.",
             highlight=False,
         )
     return {name: asdict(result) for name, result in found.items()}
