@@ -25,18 +25,17 @@ class Timing:
     extra_mib: float  # peak torch memory above what lay there before
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, Timing]:
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Time each run once a round, in turn, so that a clock that drifts drifts for all of them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     memory = {}
     for name, run in runs.items():
-        for _ in range(warm_up):
-            run()
+        run()
         memory[name] = peak_mib(run)
     once = {name: one_ms(run) for name, run in runs.items()}
     for k in range(rounds):
         for name, run in runs.items():
-            if k < 3 or once[name] < 6 * min(once.values()):  # three rounds are enough to show that one is far behind
+            if k < 3 or once[name] < 6 * min(once.values()):  # three show well enough that one is far behind
                 times[name].append(one_ms(run))
     return {name: _timing(sorted(values), memory[name]) for name, values in times.items()}
 

@@ -178,8 +178,8 @@ def bench(n: int, h: int, v: int, rounds: int, found: dict[str, Callable]) -> li
             "faster": all(p.median_ms / mine.median_ms >= BARS[case] for p in peers),
             "no_more_memory": all(p.extra_mib >= mine.extra_mib for p in peers),
         }
-        print(f"    bar {BARS[case]}x: {'met' if verdict['faster'] else 'MISSED'}", end="; ")
-        print(f"memory: {'met' if verdict['no_more_memory'] else 'MISSED'}")
+        if CUDA:
+            print(f"    at least {BARS[case]}x: {verdict['faster']}; no more memory: {verdict['no_more_memory']}")
         results.append(
             {"case": case, "n": n, "h": h, "v": v, "excess_error": excess, "bar": BARS[case], **verdict}
             | {"timings": measure.as_rows(timings), "products": PRODUCTS[case]}
@@ -221,7 +221,7 @@ def picture(results: list[dict], card: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
-    parser.add_argument("--rounds", type=int, default=12 if CUDA else 3)
+    parser.add_argument("--rounds", type=int, default=9 if CUDA else 3)
     parser.add_argument("--rows", type=int, nargs="+", default=[8192, 33792] if CUDA else [64])
     parser.add_argument("--hidden", type=int, nargs="+", default=[1536, 4096] if CUDA else [32])
     parser.add_argument("--vocab", type=int, default=151_936 if CUDA else 1_000)

@@ -241,42 +241,6 @@ def test_unreadable_entry_points(new_session):
     assert new_session(entry_points=unreadable).patch()["plugin.entry_points"].status == "failed"
 
 
-# -- blocked -----------------------------------------------------------------------------------------------------------
-
-
-def test_blocked_row(target, new_session, core):
-    session = new_session(core.Plugin(core.make_patch(target.name, build=lambda m: core.replacements(m, ("method",)))))
-    module = target.load()
-    original = module.Target.method
-    session.patch()
-    ours = module.Target.method
-    module.Target.method = lambda self: f"foreign({ours(self)})"
-    row = session.unpatch()["demo.one"]
-    assert row.status == "blocked"
-    assert "Target.method" in row.reason
-    assert session.status()["demo.one"].status == "blocked"
-    assert module.Target().method() == "foreign(stock)"
-    assert session.patch()["demo.one"].status == "applied"
-    assert module.Target().method() == "foreign(turbo(stock))"
-    assert session.patch(demo=False)["demo.one"].status == "blocked"
-    module.Target.method = ours
-    assert session.unpatch()["demo.one"].status == "off"
-    assert module.Target.method is original
-
-
-def test_blocked_row_of_a_plugin_that_is_gone(target, new_session, core):
-    plugin = core.Plugin(core.make_patch(target.name, build=lambda m: core.replacements(m, ("method",))))
-    session = new_session(plugin)
-    module = target.load()
-    session.patch()
-    ours = module.Target.method
-    module.Target.method = lambda self: f"foreign({ours(self)})"
-    session.unpatch()
-    plugin.patches = []
-    assert session.patch()["demo.one"].status == "blocked"
-    assert module.Target().method() == "foreign(stock)"
-
-
 # -- what is told ------------------------------------------------------------------------------------------------------
 
 

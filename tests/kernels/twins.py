@@ -29,10 +29,12 @@ def inputs(n: int, v: int, dtype: torch.dtype, seed: int = 0):
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
-    """Two orders of summation in float32, then one rounding to `dtype` that may fall to either side."""
+    """Two orders of operations in float32, at logits near 30: p = exp(z - lse) moves by as many units. Then one rounding
+    to `dtype`, which may fall to either side.
+    """
     eps = torch.finfo(dtype).eps
     scale = wanted.float().nan_to_num(0, 0, 0).abs().amax().clamp(min=1.0).item()
-    torch.testing.assert_close(found.float(), wanted.float(), rtol=2 * eps, atol=32 * 2**-24 * scale, equal_nan=True)
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=2 * eps, atol=64 * 2**-24 * scale, equal_nan=True)
 
 
 def folded(ops, logits, bias, targets, transform, outputs, width, head=None):

@@ -7,7 +7,8 @@ is scored through the module itself, a few rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,25 +38,32 @@ class Head:
     reason: str = ""
 
 
-def describe_head(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Head:
+def describe_head(module: nn.Module) -> Head:
     """Take an output head apart.
+
+    Hooks of `module` itself are the caller's: it sees hidden states behind the pre-hooks, and what the forward hooks do
+    to the logits. Hooks further in keep a head whole.
 
     Args:
         module: The model's output embeddings, adapters and wrappers included.
-        forward: How the model calls it; `module.forward` by default.
 
     Returns:
         A `Head`. Its `weight` is `None` where the head must be called as a whole, with the `reason` in words.
     """
-    call = forward if forward is not None else module.forward
     inner, why = _active_module(module)
     if inner is None:
-        return Head(call, reason=why)
+        return Head(module.forward, reason=why)
     if inner is not module:
-        return describe_head(inner, None if inner.forward is None else inner.forward)
+        return _inner_head(inner, module.forward)
     if _is_lora_linear(module):
-        return _lora_head(module, call)
-    return _linear_head(module, call)
+        return _lora_head(module, module.forward)
+    return _linear_head(module, module.forward)
+
+
+def _inner_head(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> Head:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return Head(call, reason="a layer inside the head carries hooks")
+    return replace(describe_head(module), module=call)
 
 
 def _linear_head(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> Head:
@@ -65,22 +73,23 @@ def _linear_head(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]
     if not isinstance(module, nn.Linear):
         return Head(call, reason=f"the head is a {name}, not a linear layer")
     own = vars(module).get("forward")
+    # TRL (GRPO, `cast_lm_head_to_fp32`) sets a pre-hook of the first name (up to 1.7), or replaces the instance's
+    # forward by a float32 projection of the second. Delete both when TRL < 1.15 is no longer supported: later versions
+    # pass it to their fused head instead.
+    if any(getattr(hook, "__name__", "") == "cast_inputs_to_fp32" for hook in module._forward_pre_hooks.values()):
+        in_fp32 = True
     if own is not None:
-        # TRL (GRPO, `cast_lm_head_to_fp32`) replaces the instance's forward by a float32 projection of this name.
-        # Delete when TRL < 1.15 is no longer supported: later versions pass it to their fused head instead.
         in_fp32 = getattr(own, "__name__", "") == "cast_forward_to_fp32"
         if not in_fp32:
             return Head(call, reason=f"the head's forward was replaced on the instance ({name})")
     elif type(module).forward is not nn.Linear.forward:
         return Head(call, reason=f"the head is a {name} with a forward of its own")
-    if module._forward_hooks or module._forward_pre_hooks:
-        return Head(call, reason="the head carries forward hooks")
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         return Head(call, reason="the head's weight is not a floating-point matrix")
     return Head(call, weight=weight, bias=module.bias, in_fp32=in_fp32)
 
 
-def _active_module(module: nn.Module) -> tuple[nn.Module | None, str]:
+def _active_module(module: Any) -> tuple[nn.Module | None, str]:
     """See through PEFT's `modules_to_save` wrapper: the copy in use, or the original while adapters are off."""
     copies = getattr(module, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
@@ -93,16 +102,16 @@ def _active_module(module: nn.Module) -> tuple[nn.Module | None, str]:
     return copies[active[0]], ""
 
 
-def _is_lora_linear(module: nn.Module) -> bool:
+def _is_lora_linear(module: Any) -> bool:
     return all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "scaling", "active_adapters"))
 
 
-def _lora_head(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> Head:
-    base = describe_head(module.base_layer)
+def _lora_head(module: Any, call: Callable[[torch.Tensor], torch.Tensor]) -> Head:
+    base = _inner_head(module.base_layer, call)
     if base.weight is None or base.in_fp32:
         return Head(call, reason=base.reason or "the adapted head is also cast to float32")
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return Head(call, reason="the adapted head carries hooks")
+    if "forward" in vars(module):
+        return Head(call, reason="the adapted head's forward was replaced on the instance")
     if module.disable_adapters or module.merged:
         # PEFT unmerges a merged head the first time it is called with its adapters off; do the same
         if module.disable_adapters and module.merged:

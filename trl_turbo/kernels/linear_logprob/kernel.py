@@ -6,6 +6,8 @@ of 4,096 x 16,384 is small, but the hidden states and the head are not.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -22,16 +24,42 @@ _FLOOR = tl.constexpr(-1e30)
 _REACH = tl.constexpr(30.0)
 
 
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+# NVIDIA's own instruction, where there is a compiler for it (not in the interpreter, not on AMD)
+_PTX = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"))
+
+
+@triton.jit
+def _exp2(x):
+    """2^x, results below 1.2e-38 as 0: `tl.exp2` keeps those by a test and two products around each MUFU.EX2."""
+    if _PTX:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
 @triton.jit
 def _capped(x, logit_scale, softcap, inv_temperature):
     return softcap * (2 * tl.sigmoid(2 * x * logit_scale / softcap) - 1) * inv_temperature  # tanh by sigmoid
 
 
 @triton.jit
-def _load(
-    tile_row_ptr,
+def _raw(tile_row_ptr, start, n_columns, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of head outputs as they lie there, nothing beyond the tile."""
+    columns = start + tl.arange(0, BLOCK)
+    if EVEN:
+        # One test for the block, whose lanes agree
+        return tl.load(tile_row_ptr + columns, mask=tl.full((BLOCK,), start, tl.int32) < n_columns, other=0.0)
+    else:
+        return tl.load(tile_row_ptr + columns, mask=columns < n_columns, other=0.0)
+
+
+@triton.jit
+def _scaled(
+    raw,
     bias_ptr,
-    columns,
+    start,
     n_columns,
     logit_scale,
     softcap,
@@ -40,23 +68,19 @@ def _load(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Head outputs such that z is `slope` times them, -inf beyond the tile; z itself under a softcap."""
-    if EVEN:
-        x = tl.load(tile_row_ptr + columns).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias_ptr + columns).to(tl.float32)
-    else:
-        inside = columns < n_columns
-        x = tl.load(tile_row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    columns = start + tl.arange(0, BLOCK)
+    x = raw.to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         x = _capped(x, logit_scale, softcap, inv_temperature)
     elif NEGATIVE:
         x = -x
     if not EVEN:
-        x = tl.where(inside, x, -float("inf"))
+        x = tl.where(columns < n_columns, x, -float("inf"))
     return x
 
 
@@ -90,12 +114,17 @@ def _sweep(
     logits = tl.zeros((BLOCK,), tl.float32)
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
     before = tl.full((BLOCK,), -float("inf"), tl.float32)
+    slope_2 = slope * _LOG2E  # in powers of 2, so that scale and shift are one instruction
+    anchor_2 = anchor * _LOG2E
+    ahead = _raw(tile_row_ptr, 0, n_columns, EVEN, BLOCK)
     for start in range(0, n_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = _load(
-            tile_row_ptr,
+        raw = ahead
+        ahead = _raw(tile_row_ptr, start + BLOCK, n_columns, EVEN, BLOCK)
+        x = _scaled(
+            raw,
             bias_ptr,
-            columns,
+            start,
             n_columns,
             logit_scale,
             softcap,
@@ -104,9 +133,10 @@ def _sweep(
             HAS_BIAS,
             HAS_SOFTCAP,
             EVEN,
+            BLOCK,
         )
-        shifted = x * slope - anchor
-        e = tl.exp(shifted)
+        shifted = x * slope_2 - anchor_2
+        e = _exp2(shifted)
         sums += e
         if HAS_ENTROPY:
             if CLAMP:
@@ -130,7 +160,7 @@ def _sweep(
             top = tl.maximum(top, x)
     return (
         tl.sum(sums, axis=0),
-        tl.sum(shifted_sums, axis=0),
+        tl.sum(shifted_sums, axis=0) * _LN2,
         tl.sum(squares, axis=0),
         tl.sum(logits, axis=0),
         tl.max(top, axis=0),
@@ -167,35 +197,31 @@ def _fold_kernel(
     CLAMP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Instructions and waiting bound this pass before memory does: with masks, two scalings and a comparison for the target
-    # on every element it took 2.7 ms of a 13 ms step on an H200. So the scaling is one multiply-add with the shift, the
-    # masks are the last tile's alone, the target is a scalar beside the row.
+    # Instructions bound this pass before memory does: with masks, two scalings and a comparison for the target on every
+    # element it took 2.7 ms of a 13 ms step on an H200. So scale and shift are one multiply-add, the masks are the last
+    # tile's alone, and the target is a scalar beside the row.
     row = tl.program_id(0).to(tl.int64)
     tile_row_ptr = tile_ptr + row * tile_stride
     stat_ptr = stats_ptr + row
     first = vocab_start == 0
     local = tl.load(targets_ptr + row) - vocab_start
     hit = (local >= 0) & (local < n_columns)
-    target = tl.load(tile_row_ptr + local, mask=hit, other=0.0).to(tl.float32)  # before the stores below
-    if HAS_BIAS:
-        target += tl.load(bias_ptr + local, mask=hit, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
-        target = _capped(target, logit_scale, softcap, inv_temperature)
         slope = 1.0
-    elif NEGATIVE:
-        target = -target
-
     # On the first tile what lies in `stats` is garbage, NaN perhaps: selected away, never multiplied by 0
     m_old = tl.where(first, -float("inf"), tl.load(stat_ptr))
     sum_old = tl.where(first, 0.0, tl.load(stat_ptr + stats_stride))
     if HAS_ACC:
         # What is written must have the new maximum: read for it first, and again below, then from the cache
         top = tl.full((BLOCK,), -float("inf"), tl.float32)
+        ahead = _raw(tile_row_ptr, 0, n_columns, EVEN, BLOCK)
         for start in range(0, n_columns, BLOCK):
-            x = _load(
-                tile_row_ptr,
+            raw = ahead
+            ahead = _raw(tile_row_ptr, start + BLOCK, n_columns, EVEN, BLOCK)
+            x = _scaled(
+                raw,
                 bias_ptr,
-                start + tl.arange(0, BLOCK),
+                start,
                 n_columns,
                 logit_scale,
                 softcap,
@@ -204,6 +230,7 @@ def _fold_kernel(
                 HAS_BIAS,
                 HAS_SOFTCAP,
                 EVEN,
+                BLOCK,
             )
             top = tl.maximum(top, x)
         anchor = tl.maximum(m_old, tl.max(top, axis=0) * slope)
@@ -211,10 +238,10 @@ def _fold_kernel(
         # The sums may stand on any shift near the maximum, so one reading does, unless the guess was far off
         anchor = m_old
         if m_old == -float("inf"):
-            x = _load(
-                tile_row_ptr,
+            x = _scaled(
+                _raw(tile_row_ptr, 0, n_columns, EVEN, BLOCK),
                 bias_ptr,
-                tl.arange(0, BLOCK),
+                0,
                 n_columns,
                 logit_scale,
                 softcap,
@@ -223,10 +250,18 @@ def _fold_kernel(
                 HAS_BIAS,
                 HAS_SOFTCAP,
                 EVEN,
+                BLOCK,
             )
             anchor = tl.max(x, axis=0) * slope
     m = anchor
     anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
+    target = tl.load(tile_row_ptr + local, mask=hit, other=0.0).to(tl.float32)  # before the row is overwritten
+    if HAS_BIAS:
+        target += tl.load(bias_ptr + local, mask=hit, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        target = _capped(target, logit_scale, softcap, inv_temperature)
+    elif NEGATIVE:
+        target = -target
     sums, shifted_sums, squares, logits, top, before = _sweep(
         tile_row_ptr,
         bias_ptr,
@@ -410,12 +445,12 @@ def _grad_kernel(
             x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         z = _capped(x, logit_scale, softcap, inv_temperature)
-        log_p = z - logsumexp
+        log2_p = (z - logsumexp) * _LOG2E
     else:
-        log_p = x * slope - logsumexp
-    p = tl.exp(log_p)
+        log2_p = x * (slope * _LOG2E) - logsumexp * _LOG2E
+    p = _exp2(log2_p)
     if HAS_GRAD_ENTROPY:
-        grad = p * (flat + steep * tl.maximum(log_p, _FLOOR))
+        grad = p * (flat + (steep * _LN2) * tl.maximum(log2_p, _FLOOR))
     else:
         grad = p * flat
     if HAS_SOFTCAP:

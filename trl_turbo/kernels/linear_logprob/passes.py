@@ -85,7 +85,8 @@ def forward(
     vocab, dtype = head.weight.shape[0], spec.compute_dtype
     stats = torch.empty((tiles.N_STATS, n), device=hidden.device, dtype=spec.stats_dtype)
     width = (h if jac_hidden else 0) + (a.shape[1] if a is not None and jac_a else 0)
-    rows, columns = plan.rows_outer(n, vocab, width, dtype.itemsize, spec.byte_budget)
+    budget = spec.byte_budget or (plan.CPU_BYTES if hidden.device.type == "cpu" else None)
+    rows, columns = plan.rows_outer(n, vocab, width, dtype.itemsize, budget)
     out_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if jac_hidden else None
     out_a = torch.empty_like(a, memory_format=torch.contiguous_format) if a is not None and jac_a else None
     tile_of = _Buffer(rows, columns, dtype, hidden.device)
@@ -142,12 +143,13 @@ def backward(
     if n == 0:
         return [None if grad is None else grad.zero_() for grad in grads]
     (grad_logps, grad_entropy), unit = _normalised(grad_logps, grad_entropy, dtype)
+    budget = spec.byte_budget or (plan.CPU_BYTES if hidden.device.type == "cpu" else None)
     head_trains = needs_weight or needs_bias or needs_b
     if head_trains:
-        rows, columns = plan.vocab_outer(n, vocab, h if needs_weight else rank, dtype.itemsize, spec.byte_budget)
+        rows, columns = plan.vocab_outer(n, vocab, h if needs_weight else rank, dtype.itemsize, budget)
     else:
         width = (h if needs_hidden else 0) + (rank if needs_a else 0)
-        rows, columns = plan.rows_outer(n, vocab, width, dtype.itemsize, spec.byte_budget)
+        rows, columns = plan.rows_outer(n, vocab, width, dtype.itemsize, budget)
     tile_of = _Buffer(rows, columns, dtype, hidden.device)
     row_sums = [_Sum(grads[i], n if head_trains else rows, vocab <= columns, unit, spec) for i in (0, 3)]
     head_sums = [_Sum(grads[i], columns, n <= rows, unit, spec) for i in (1, 2, 4)]

@@ -67,14 +67,17 @@ def excess_error(
     truth: torch.Tensor,
     slack: float = 0.1,
 ) -> float:
-    """How far the error of `found` is towards the most that is allowed, where plain torch's error sets the measure; > 1 fails.
+    """The error of `found` over what is allowed, where plain torch in the same dtype sets the measure; above 1 fails.
 
-    The root-mean-square error may exceed that of `plain`, the same computation in plain torch in the same dtype, by `slack`,
-    and the largest error by 5 `slack`, because one element's luck is not an average. A floor of 16 units in the last place
-    of the statistics' dtype, at the scale of the truth, covers what plain torch happens to compute exactly.
+    The root-mean-square error may exceed that of `plain` by `slack`; the largest one, which is a single element's luck, may
+    be twice as large. A floor of 16 units in the last place of float32 (float64), at the scale of the truth, covers what
+    plain torch happens to compute exactly. Small samples scatter: 37 rows by 24 features did by 40%, 256 by 64 by 5%.
     """
-    floor = 16 * torch.finfo(torch.promote_types(found.dtype, torch.float32)).eps * truth.double().abs().amax()
+    if truth.numel() == 0:
+        return 0.0
+    eps = torch.finfo(torch.promote_types(found.dtype, torch.float32)).eps
+    floor = 16 * eps * truth.double().abs().amax() + torch.finfo(torch.float64).tiny
     mine, theirs = (found.double() - truth.double()).abs(), (plain.double() - truth.double()).abs()
     rms = mine.square().mean().sqrt() / ((1 + slack) * theirs.square().mean().sqrt() + floor)
-    largest = mine.amax() / ((1 + 5 * slack) * theirs.amax() + floor)
+    largest = mine.amax() / (2 * theirs.amax() + floor)
     return torch.maximum(rms, largest).item()  # NaN stays NaN, and is not <= 1

@@ -45,6 +45,7 @@ def _either(old: str, trainer: str, *old_args: Any) -> tuple[Callable[..., str |
 
 @hookimpl
 def turbo_patches(env: Env) -> list[Patch]:
+    """The log-prob patches that this version of TRL has a place for."""
     patches = []
     for name, trainer in (("grpo", "GRPOTrainer"), ("rloo", "RLOOTrainer")):
         probe, build = _either("policy", trainer, trainer)

@@ -17,6 +17,7 @@ REFERENCE_METHODS = ("_compute_ref_log_probs", "compute_ref_log_probs")  # renam
 
 
 def probe(module: ModuleType) -> str | None:
+    """Why the module does not fit, or `None`."""
     trainer = getattr(module, "DPOTrainer", None)
     if trainer is None or not hasattr(trainer, "_compute_loss"):
         return f"{module.__name__} has no DPOTrainer._compute_loss"
@@ -28,6 +29,7 @@ def probe(module: ModuleType) -> str | None:
 
 
 def build(module: ModuleType) -> Iterator[Replacement]:
+    """The loss, the precomputed reference, and the functions of logits they call."""
     trainer = module.DPOTrainer
     yield from replacements(module)
     yield Replacement(trainer, "_compute_loss", _loss)

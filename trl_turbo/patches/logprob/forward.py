@@ -27,7 +27,7 @@ from trl_turbo.patches.logprob.pending import PendingLogits, UnsupportedLogitsOp
 from trl_turbo.patches.logprob.request import IGNORED, Request, active_request, entropy_has_gradient, next_token
 from trl_turbo.report import note
 
-# Models for which `fused_lm_head=True` has been asked to mean a certain request (TRL >= 1.15 with an adapter on the head)
+# Models for which `fused_lm_head=True` means a certain request (TRL >= 1.15 with an adapter on the head)
 _CONFIGURED: WeakKeyDictionary[nn.Module, Request] = WeakKeyDictionary()
 # Models that turned out not to be understood: scored by TRL's own path, with a note
 _DECLINED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -95,7 +95,9 @@ def _score(
         outputs = original(model, *args, return_dict=True, **kwargs)
     pending = getattr(outputs, "logits", None)
     if not isinstance(pending, PendingLogits) or seen.calls != 1:
-        raise UnsupportedLogitsOp(f"the model's forward called its output head {seen.calls} times or changed the result")
+        raise UnsupportedLogitsOp(
+            f"the model's forward called its output head {seen.calls} times or changed the result"
+        )
 
     hidden = pending.hidden  # [B, L, H]
     from_labels = labels is not None or shift_labels is not None
@@ -129,7 +131,7 @@ def _statistics(
 ) -> dict[str, torch.Tensor]:
     mask = targets != IGNORED  # [B, L]
     rows, wanted = pending.hidden[mask], targets[mask]  # [N, H], [N]
-    common = {
+    common: dict[str, Any] = {
         "temperature": request.temperature,
         "softcap": pending.softcap,
         "logit_scale": pending.logit_scale,
@@ -140,10 +142,14 @@ def _statistics(
     with torch.autocast(rows.device.type, enabled=False) if in_fp32 else nullcontext():
         if head.weight is None:
             note("logprob", f"{head.reason}: scored through the head itself, a few rows at a time")
-            found = head_logprob(module, rows, wanted, **common)
+            # Its hooks ran already: those before it on `rows`, those after it on the pending logits
+            hooked = module._forward_hooks or module._forward_pre_hooks
+            found = head_logprob(head.module if hooked else module, rows, wanted, **common)
         else:
             rows = rows.float() if in_fp32 else rows
-            low_rank = None if head.adapter is None else (head.adapter(rows), head.adapter_weight)
+            low_rank = None
+            if head.adapter is not None and head.adapter_weight is not None:
+                low_rank = head.adapter(rows), head.adapter_weight
             found = linear_logprob(rows, head.weight, wanted, bias=head.bias, low_rank=low_rank, **common)
     stats = {"targets": targets, "label_mask": mask}
     names = {"logps": "log_probs", "mean_logit": "mean_logits", "top1": "is_top1"}
@@ -179,7 +185,7 @@ def _standing_in_for(module: nn.Module, config: Any) -> Iterator[_Seen]:
     seen = _Seen()
     vocab = getattr(module, "out_features", None) or config.get_text_config().vocab_size
 
-    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> PendingLogits:
+    def forward(hidden: torch.Tensor, *_: Any, **__: Any) -> PendingLogits:
         seen.calls += 1
         seen.device = hidden.device.type
         if torch.is_autocast_enabled(seen.device):

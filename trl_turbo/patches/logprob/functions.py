@@ -18,7 +18,7 @@ NAMES = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_
 
 def replacements(module: ModuleType) -> Iterator[Replacement]:
     """Those of the functions that `module` has."""
-    answers = {
+    answers: dict[str, Callable[..., Any]] = {
         "selective_log_softmax": _selective_log_softmax,
         "entropy_from_logits": _entropy_from_logits,
         "selective_log_softmax_and_entropy": _both,
@@ -39,11 +39,16 @@ def _or_original(answer: Callable[..., Any], original: Callable[..., Any]) -> Ca
 
 
 # `temperature` and `row_mask` came with TRL 1.14; rows that are masked were not asked about and are zero already
-def _selective_log_softmax(logits: ScoredLogits, index: Any, temperature: float = 1.0, row_mask: Any = None) -> Any:
+def _selective_log_softmax(
+    logits: ScoredLogits,
+    index: Any,
+    temperature: float = 1.0,
+    row_mask: Any = None,  # noqa: ARG001
+) -> Any:
     return (logits / temperature).log_probs_of(index)
 
 
-def _entropy_from_logits(logits: ScoredLogits, chunk_size: int = 128) -> Any:
+def _entropy_from_logits(logits: ScoredLogits, chunk_size: int = 128) -> Any:  # noqa: ARG001
     return logits.entropy()
 
 
@@ -52,7 +57,7 @@ def _both(
     index: Any,
     entropy_requires_grad: bool = True,
     temperature: float = 1.0,
-    row_mask: Any = None,
+    row_mask: Any = None,  # noqa: ARG001
 ) -> Any:
     logits = logits / temperature
     entropy = logits.entropy()

@@ -1,7 +1,7 @@
 """TRL 1.15 and later: its trainers call a fused head of TRL's own, through one global.
 
-Ours takes that global's place where it measures faster (`docs/benchmarks.md`): on CUDA, with a frozen head whose entropy
-carries no gradient. Everywhere else TRL's own function is called, as it was.
+Ours takes that global's place where it measures faster (`docs/benchmarks.md`): on CUDA, with a frozen head whose
+entropy carries no gradient. Everywhere else TRL's own function is called, as it was.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -41,6 +41,7 @@ def wanted(outputs: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def probe(module: ModuleType) -> str | None:
+    """Why the module does not fit, or `None`."""
     function = getattr(module, NAME, None)
     if function is None:
         return f"{module.__name__} has no {NAME} (TRL before 1.15, or no Triton)"
@@ -50,12 +51,13 @@ def probe(module: ModuleType) -> str | None:
 
 
 def build(module: ModuleType) -> Iterator[Replacement]:
+    """TRL's autograd function, by a stand-in that chooses between both at each call."""
     yield Replacement(module, NAME, _faster_of_both)
 
 
 def _faster_of_both(original: Any) -> Any:
     class FusedLogProb:
-        """Stands for TRL's function of the same call, which it keeps as `original`."""
+        """Stands for TRL's function of the same call."""
 
         @staticmethod
         def apply(
@@ -92,11 +94,10 @@ def _faster_of_both(original: Any) -> Any:
                 outputs=wanted(outputs),
             )
             squares = None
-            if "log_sum_sq_probs" in outputs:
-                squares = (found.logsumexp2 - 2 * found.logsumexp).detach()
+            if found.logsumexp is not None and found.logsumexp2 is not None:
+                squares = found.logsumexp2 - 2 * found.logsumexp
             return found.logps, found.entropy, squares, found.mean_logit, found.top1
 
-    FusedLogProb.original = original
     return FusedLogProb
 
 
@@ -117,6 +118,7 @@ def measured_faster(
 
 
 def trainer_probe(module: ModuleType, trainer_name: str) -> str | None:
+    """Why a trainer's module does not fit, or `None`."""
     if not hasattr(getattr(module, trainer_name, None), "_compute_loss"):
         return f"{module.__name__} has no {trainer_name}._compute_loss"
     missing = [name for name in ("add_fused_lm_head", "is_peft_model") if not hasattr(module, name)]
@@ -124,6 +126,7 @@ def trainer_probe(module: ModuleType, trainer_name: str) -> str | None:
 
 
 def trainer_build(module: ModuleType, trainer_name: str) -> Iterator[Replacement]:
+    """What a trainer must be told or allowed for our kernel to serve it."""
     trainer = getattr(module, trainer_name)
     yield Replacement(trainer, "_compute_loss", _saying_what_is_differentiated)
     if hasattr(module, "BaseTunerLayer"):
@@ -143,7 +146,7 @@ def _saying_what_is_differentiated(original: Callable[..., Any]) -> Callable[...
 
 def _allowing_adapted_heads(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
         config = kwargs.get("args") or next((a for a in args if hasattr(a, "per_device_train_batch_size")), None)
         # TRL casts the head by replacing its forward, which would drop the adapter: its refusal stands there
         token = _ADAPTED_HEADS.set(not getattr(config, "cast_lm_head_to_fp32", False))
@@ -152,7 +155,7 @@ def _allowing_adapted_heads(original: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _ADAPTED_HEADS.reset(token)
 
-    return __init__
+    return init
 
 
 def _all_but_understood_heads(original: type) -> type:
@@ -160,7 +163,7 @@ def _all_but_understood_heads(original: type) -> type:
         def __instancecheck__(cls, instance: Any) -> bool:
             if not isinstance(instance, original):
                 return False
-            return not (_ADAPTED_HEADS.get() and describe_head(instance).weight is not None)
+            return not (_ADAPTED_HEADS.get() and describe_head(cast("torch.nn.Module", instance)).weight is not None)
 
     return Meta("BaseTunerLayer", (), {"__doc__": original.__doc__})
 

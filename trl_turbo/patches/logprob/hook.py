@@ -13,7 +13,7 @@ PATCH = "logprob.models"
 
 
 def hook_models(*models: Any) -> None:
-    """Make sure that every causal language model inside `models` can score. Wrappers are seen through; `None` is fine."""
+    """Let every causal language model inside `models` score tokens; wrappers are seen through, `None` is fine."""
     for model in models:
         if model is not None:
             for causal_lm in causal_lms(model):
@@ -42,7 +42,7 @@ def _hook(model: Any) -> None:
 
 
 def _in_front(model: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-    inner = make_forward(lambda self, *args, **kwargs: original(*args, **kwargs))
+    inner = make_forward(lambda _, *args, **kwargs: original(*args, **kwargs))
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:

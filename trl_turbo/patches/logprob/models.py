@@ -13,6 +13,7 @@ from trl_turbo.patching import Replacement
 
 
 def probe(module: ModuleType) -> str | None:
+    """Why the module does not fit, or `None`."""
     method = getattr(getattr(module, "Accelerator", None), "prepare_model", None)
     if method is None or tuple(inspect.signature(method).parameters)[:2] != ("self", "model"):
         return "accelerate.Accelerator.prepare_model no longer takes (self, model)"
@@ -20,6 +21,7 @@ def probe(module: ModuleType) -> str | None:
 
 
 def build(module: ModuleType) -> Iterator[Replacement]:
+    """`Accelerator.prepare_model`; the classes of models follow one by one as they come."""
     yield Replacement(module.Accelerator, "prepare_model", _hooked_first)
 
 

@@ -17,6 +17,7 @@ FIRST = ("self", "model", "prompt_ids", "prompt_mask", "completion_ids", "comple
 
 
 def probe(module: ModuleType) -> str | None:
+    """Why the module does not fit, or `None`."""
     method = getattr(getattr(module, "OnlineDPOTrainer", None), "_forward", None)
     if method is None:
         return f"{module.__name__} has no OnlineDPOTrainer._forward"
@@ -25,6 +26,7 @@ def probe(module: ModuleType) -> str | None:
 
 
 def build(module: ModuleType) -> Iterator[Replacement]:
+    """The one method that both passes go through."""
     yield Replacement(module.OnlineDPOTrainer, "_forward", _scored)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from trl_turbo.patches.logprob.request import active_request
 from trl_turbo.patches.logprob.scored import ScoredLogits
@@ -18,8 +18,8 @@ class FusedCausalLMOutput(ModelOutput):
     Args:
         loss: Negative log-likelihood summed over the scored tokens and divided by their number, or by
             `num_items_in_batch`.
-        log_probs: `[B, T]` float32, zero where nothing was asked; `T` is `L - 1` when called with `labels`, `L` within a
-            trainer's scope.
+        log_probs: `[B, T]` float32, zero where nothing was asked; `T` is `L - 1` when called with `labels`, `L` within
+            a trainer's scope.
         entropy: `[B, T]`, in nats.
         log_sum_sq_probs: `[B, T]`, `log(sum_v p_v^2)`.
         mean_logits: `[B, T]`, mean over the vocabulary.

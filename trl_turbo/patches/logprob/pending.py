@@ -1,3 +1,4 @@
+# ruff: noqa: D102, ARG002 -- the methods are those of torch.Tensor, and mean the same
 """Logits on their way out of a model whose head was intercepted: never made, only described."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 ADVICE = "call trl_turbo.patch(logprob=False) or set TRL_TURBO_LOGPROB=0 to keep TRL's own path"
 
 
-class UnsupportedLogitsOp(NotImplementedError):
+class UnsupportedLogitsOp(NotImplementedError):  # noqa: N818 -- names what was met
     """Something was asked of the logits that cannot be answered without making them."""
 
 
@@ -110,6 +111,7 @@ class PendingLogits:
 
 
 def scalar(value: Any) -> float:
+    """A number out of whatever logits were combined with; raises `UnsupportedLogitsOp` where it is none."""
     if isinstance(value, (int, float)):
         return float(value)
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.requires_grad:

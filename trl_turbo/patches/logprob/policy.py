@@ -23,6 +23,7 @@ def method_name(trainer: type) -> str:
 
 
 def probe(module: ModuleType, trainer_name: str) -> str | None:
+    """Why the module does not fit, or `None`."""
     trainer = getattr(module, trainer_name, None)
     if trainer is None:
         return f"{module.__name__} has no {trainer_name}"
@@ -38,6 +39,7 @@ def probe(module: ModuleType, trainer_name: str) -> str | None:
 
 
 def build(module: ModuleType, trainer_name: str) -> Iterator[Replacement]:
+    """The one method that every pass goes through, and the functions of logits it calls."""
     trainer = getattr(module, trainer_name)
     yield from replacements(module)
     yield Replacement(trainer, method_name(trainer), _scored)
@@ -59,8 +61,10 @@ def _scored(original: Callable[..., Any]) -> Callable[..., Any]:
             return run()
         asked = signature.bind(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs).arguments
         hook_models(model)
+        # TRL before 1.12 or so averages LUSPO's KL term over padding too: there padding is scored like the rest
+        masked = getattr(self, "loss_type", "") != "luspo"
         request = Request(
-            targets=completion_targets(logits_to_keep),
+            targets=completion_targets(logits_to_keep, masked),
             temperature=self.temperature,
             outputs=("logps", "entropy") if asked.get("compute_entropy") else ("logps",),
             # TRL < 1.7 has no entropy bonus: there the entropy feeds metrics and a mask, neither differentiable

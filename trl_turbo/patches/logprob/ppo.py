@@ -43,6 +43,7 @@ _RUN: ContextVar[_Run | None] = ContextVar("trl_turbo_ppo_run", default=None)
 
 
 def probe(module: ModuleType) -> str | None:
+    """Why the module does not fit, or `None`."""
     for name, first in SIGNATURES.items():
         function = getattr(module, name, None)
         if function is None:
@@ -60,6 +61,7 @@ def probe(module: ModuleType) -> str | None:
 
 
 def build(module: ModuleType) -> Iterator[Replacement]:
+    """The run, its two kinds of passes, and what reads the rollout's scores."""
     yield from replacements(module)
     yield Replacement(module.PPOTrainer, "train", _in_run)
     yield Replacement(module, "forward", _scored)
@@ -128,7 +130,8 @@ def _known_log_probs(original: Callable[..., Any]) -> Callable[..., Any]:
         run = _RUN.get()
         if run is not None:
             run.context_length = queries.shape[1]
-        query_responses, log_probs = original(model, queries, *args, **kwargs)  # the second is [B, T] by _StepwiseScores
+        # The second is [B, T], by _StepwiseScores
+        query_responses, log_probs = original(model, queries, *args, **kwargs)
         stats = {"log_probs": log_probs, "targets": query_responses[:, queries.shape[1] :]}
         return query_responses, ScoredLogits(stats, temperature=1.0, vocab=0)
 
@@ -136,7 +139,7 @@ def _known_log_probs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _StepwiseScores:
-    """A language model whose `generate` returns, as each step's score, the log-probability of the sampled token `[B]`."""
+    """A language model whose `generate` returns as a step's score the log-probability of the token it drew, `[B]`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -146,7 +149,8 @@ class _StepwiseScores:
 
         def sample(model: Any, input_ids: torch.Tensor, logits_processor: Any, **rest: Any) -> Any:
             recorder = _Recorder(taken)
-            result = model._sample(input_ids, logits_processor=type(logits_processor)([*logits_processor, recorder]), **rest)
+            processors = type(logits_processor)([*logits_processor, recorder])
+            result = model._sample(input_ids, logits_processor=processors, **rest)
             recorder.read(getattr(result, "sequences", result))
             return result
 

@@ -43,6 +43,7 @@ _ACTIVE: ContextVar[Request | None] = ContextVar("trl_turbo_scoring", default=No
 
 
 def active_request() -> Request | None:
+    """What the trainer around this call wants, or `None`."""
     return _ACTIVE.get()
 
 
@@ -57,6 +58,7 @@ def scoring(request: Request) -> Iterator[Request]:
 
 
 def entropy_has_gradient() -> bool:
+    """Whether the loss around this call differentiates the entropy, as far as it said."""
     return _ENTROPY_GRADIENT.get()
 
 
@@ -95,7 +97,7 @@ def completion_targets(keep: int, masked: bool = True) -> Targets:
 def masked_targets(labels: torch.Tensor, mask: torch.Tensor) -> Targets:
     """Fixed `labels` `[B, L]`, only where `mask` `[B, L]` is not zero."""
     fixed = next_token(labels.masked_fill(mask == 0, IGNORED))
-    return lambda input_ids, attention_mask: fixed
+    return lambda *_: fixed
 
 
 def trainer_is_sharded(trainer: Any) -> str:

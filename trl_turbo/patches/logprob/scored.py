@@ -1,3 +1,4 @@
+# ruff: noqa: D102, ARG002 -- the methods are those of torch.Tensor, and mean the same
 """What a trainer sees in place of logits: the statistics it is going to ask for, already known."""
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ class ScoredLogits:
     """
 
     def __init__(
-        self, stats: dict[str, torch.Tensor], temperature: float, vocab: int, divisor: float = 1.0, doubled: bool = False
+        self,
+        stats: dict[str, torch.Tensor],
+        temperature: float,
+        vocab: int,
+        divisor: float = 1.0,
+        doubled: bool = False,
     ) -> None:
         self.stats = stats
         self.temperature = temperature
@@ -38,8 +44,8 @@ class ScoredLogits:
         # The statistics were taken at one temperature; answering for another would be silently wrong
         if abs(self.divisor - self.temperature) > 1e-6 * self.temperature:
             raise UnsupportedLogitsOp(
-                f"log-probabilities were computed at temperature {self.temperature}, but the trainer divided the logits "
-                f"by {self.divisor}; {ADVICE}."
+                f"log-probabilities were computed at temperature {self.temperature}, but the trainer divided the "
+                f"logits by {self.divisor}; {ADVICE}."
             )
         if self.doubled and name != "logsumexp2":
             raise UnsupportedLogitsOp(f"`{name}` of doubled logits is not kept; {ADVICE}.")
@@ -125,7 +131,7 @@ class ScoredLogits:
             for i in range(count)
         )
 
-    def _scaled(self, factor: float) -> ScoredLogits:
+    def _scaled(self, factor: Any) -> ScoredLogits:
         if factor == 2.0 and not self.doubled and "logsumexp2" in self.stats:
             return ScoredLogits(self.stats, self.temperature, self.vocab, self.divisor, doubled=True)
         return ScoredLogits(self.stats, self.temperature, self.vocab, self.divisor / factor, self.doubled)
@@ -201,7 +207,8 @@ class ScoredLogProbs:
     ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.take_along_dim, torch.gather) and isinstance(args[0], cls):
-            index = next(value for value in (*args[1:], kwargs.get("indices"), kwargs.get("index")) if _is_tensor(value))
+            given = (*args[1:], *kwargs.values())
+            index = next(value for value in given if isinstance(value, torch.Tensor))
             return args[0].logits.log_probs_of(index.squeeze(-1)).unsqueeze(-1)
         raise UnsupportedLogitsOp(
             f"`{getattr(func, '__name__', func)}` of all log-probabilities needs the logits themselves; {ADVICE}."
@@ -229,10 +236,6 @@ class ScoredProbs:
         raise UnsupportedLogitsOp(
             f"`{getattr(func, '__name__', func)}` of all probabilities needs the logits themselves; {ADVICE}."
         )
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _is_mask(part: Any) -> bool:

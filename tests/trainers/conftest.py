@@ -1,0 +1,49 @@
+"""Whole trainings of tiny models: no hub, one thread, and nothing patched before or after a test."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    TRL_EXPERIMENTAL_SILENCE="1",
+    TRANSFORMERS_VERBOSITY="error",
+)
+
+import pytest
+
+import trl_turbo
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    # accelerate collects garbage in every run, which takes ten times the run itself while torch's modules are searched
+    import torch
+    import transformers
+    import trl  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("TRL_TURBO")]:
+        monkeypatch.delenv(name)
+    trl_turbo.unpatch()
+    yield
+    trl_turbo.unpatch()
