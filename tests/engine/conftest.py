@@ -36,15 +36,25 @@ def turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "29511")
 
+    started = []
+
     def start(model, *, work=None, **kwargs):
         from trl_turbo.engine.llm import TurboLLM
-        from trl_turbo.engine.plan import Work
         from trl_turbo.engine.serving import Trainee, serving
+        from trl_turbo.engine.sizing import Work
 
-        with serving(Trainee(model, None, work or Work(4, 16, 32))):
-            return TurboLLM(**trl_arguments(model), **kwargs)
+        with serving(lambda: Trainee(model, None, work or Work(4, 16, 32))):
+            started.append(TurboLLM(**trl_arguments(model), **kwargs))
+        return started[-1]
 
-    return start
+    yield start
+    for llm in started:
+        shut_down(llm)
+
+
+def shut_down(llm) -> None:
+    """End an engine now: one that is collected while the next starts takes that one's process groups with it."""
+    llm.llm_engine.engine_core.shutdown()
 
 
 def trl_arguments(model) -> dict[str, object]:

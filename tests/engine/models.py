@@ -33,7 +33,7 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **co
 
     name, _, tied = family.partition("_")
     classes = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3", "gemma2": "Gemma2"}
-    config_class = getattr(transformers, f"{ {**classes, 'phi3': 'Phi3'}[name]}Config")
+    config_class = getattr(transformers, f"{ {**classes, 'phi3': 'Phi3'}[name] }Config")
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -63,5 +63,5 @@ def saved(folder: Path, family: str = "qwen2_tied", **settings: Any) -> tuple[An
     model = make(family, **settings)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    model.name_or_path = str(folder)
+    model.name_or_path = model.config._name_or_path = str(folder)
     return model, str(folder)

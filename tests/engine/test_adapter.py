@@ -1,4 +1,4 @@
-"""A PEFT adapter in vLLM's buffers: served after each push, stale without one, declined where vLLM has no place for it."""
+"""A PEFT adapter in vLLM's buffers: served after each push, stale without one, declined where there is no place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 CASES = {
     "all linears": {"r": 8, "lora_alpha": 16, "target_modules": ALL},
     "a subset": {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},
-    "rank-stabilised": {"r": 16, "lora_alpha": 24, "use_rslora": True, "target_modules": ["k_proj", "up_proj", "down_proj"]},
+    "rank-stabilised": {
+        "r": 16,
+        "lora_alpha": 24,
+        "use_rslora": True,
+        "target_modules": ["k_proj", "up_proj", "down_proj"],
+    },
     "patterns": {
         "r": 4,
         "lora_alpha": 8,
@@ -33,35 +38,82 @@ def with_adapter(model, **config):
 
 
 @pytest.mark.vllm
-def test_an_adapter_is_served_as_it_is_trained(tmp_path, turbo, subtests):
-    for name, config in CASES.items():
-        with subtests.test(name):
-            model, _ = saved(tmp_path / name, "qwen2_tied")
-            frozen = {n: p.detach().clone() for n, p in model.named_parameters()}
-            model = with_adapter(model, lora_dropout=0.0, **config)
-            expected = by_transformers(model)
-            llm = turbo(model)
-            assert llm.shared is not None, llm.declined
-            assert len(llm.shared.weights) == len(frozen)
-            assert by_vllm(llm) == expected
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_is_served_as_it_is_trained(case, tmp_path, turbo):
+    model, _ = saved(tmp_path, "qwen2_tied")
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model = with_adapter(model, **CASES[case])
+    expected = by_transformers(model)
+    llm = turbo(model)
+    assert llm.shared is not None, llm.declined
+    assert len(llm.shared.weights) == len(frozen)
+    assert by_vllm(llm) == expected
 
-            train(model, steps=3, lr=0.05)
-            trained = by_transformers(model)
-            assert trained != expected
-            assert by_vllm(llm) == expected  # control: without a push the old adapter answers
-            llm.refresh()
-            assert by_vllm(llm) == trained
+    train(model, steps=3, lr=0.05)
+    trained = by_transformers(model)
+    assert trained != expected
+    assert by_vllm(llm) == expected  # control: without a push the old adapter answers
+    llm.refresh()
+    assert by_vllm(llm) == trained
 
-            for layer in llm.shared.adapter._targets:
-                layer.layer.scaling["default"] *= 3  # what a script may do, and what a schedule of alphas does
-            llm.refresh()
-            assert by_vllm(llm) == by_transformers(model) != trained
-            with model.disable_adapter():
-                assert by_transformers(model) == expected
-            for (n, p), (m, q) in zip(frozen.items(), base(model).items(), strict=True):
-                assert n == m
-                assert torch.equal(p, q), n
-            assert llm.memory_report().lora_bytes > 0
+    for target in llm.shared.adapter._targets:
+        target.layer.scaling["default"] *= 3  # as a schedule of alphas does
+    llm.refresh()
+    assert by_vllm(llm) == by_transformers(model) != trained
+    with model.disable_adapter():
+        assert by_transformers(model) == expected
+    for (n, p), (m, q) in zip(frozen.items(), base(model).items(), strict=True):
+        assert n == m
+        assert torch.equal(p, q), n
+    assert llm.memory_report().lora_bytes > 0
+
+
+@pytest.mark.vllm
+def test_a_merged_adapter_answers_the_same_and_leaves_no_trace(tmp_path, turbo, monkeypatch):
+    import trl_turbo
+    from trl_turbo.engine import merged
+
+    monkeypatch.setenv("TRL_TURBO_ROLLOUT_ADAPTER", "merged")
+    report = trl_turbo.patch(logprob=False, verbose=False)
+    model, _ = saved(tmp_path, "qwen2_tied")
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model = with_adapter(model, **CASES["all linears"])
+    llm = turbo(model)
+    assert llm.shared is not None, llm.declined
+    assert llm.shared.fold is not None
+    assert "folded into the base" in report.notes[0].text
+    for _ in range(2):
+        train(model, steps=2, lr=0.01)
+        expected = by_transformers(model)
+        llm.refresh()
+        assert by_vllm(llm) == expected
+        assert all(torch.equal(p, q) for p, q in zip(frozen.values(), base(model).values(), strict=True))
+
+    # An adapter that rounding does not bring back cheaply is served instead, and the answer stays right
+    monkeypatch.setattr(merged, "LOG_SHARE", 0.0)
+    llm.refresh()
+    assert by_vllm(llm) == expected
+    assert llm.shared.fold is None
+    assert any("served unmerged from now on" in note.text for note in report.notes)
+    train(model, steps=1, lr=0.01)
+    llm.refresh()
+    assert by_vllm(llm) == by_transformers(model)
+    trl_turbo.unpatch()
+
+
+@pytest.mark.vllm
+def test_an_error_during_a_merged_rollout_restores_the_base(tmp_path, turbo, monkeypatch):
+    monkeypatch.setenv("TRL_TURBO_ROLLOUT_ADAPTER", "merged")
+    model, _ = saved(tmp_path, "qwen2_tied", dtype=torch.bfloat16)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model = with_adapter(model, **CASES["all linears"])
+    llm = turbo(model)
+    assert llm.shared is not None, llm.declined
+    train(model, steps=2, lr=0.01)
+    with pytest.raises(Exception, match="negative"):
+        by_vllm(llm, [[-5, 3]])
+    by_vllm(llm)
+    assert all(torch.equal(p, q) for p, q in zip(frozen.values(), base(model).values(), strict=True))
 
 
 def base(model):

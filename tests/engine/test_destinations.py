@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trl_turbo.engine.destinations import Shape, trace
-from trl_turbo.engine.errors import EngineDeclined
+from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.names import base_weights
 from trl_turbo.engine.storage import adopt, without_storage
 
@@ -87,12 +87,12 @@ def test_a_single_tensor_is_adopted_where_it_lies_even_inside_a_larger_one():
 def test_what_cannot_be_shared_says_why(load, words):
     engine = Engine()
     engine.load_weights = lambda weights: [load(engine, name, value) for name, value in weights]
-    with pytest.raises(EngineDeclined, match=words):
+    with pytest.raises(EngineDeclinedError, match=words):
         trace(engine, shapes(Trainer()))
 
 
 def test_another_dtype_says_both():
-    with pytest.raises(EngineDeclined, match="float32 in training and bfloat16 in vLLM"):
+    with pytest.raises(EngineDeclinedError, match="float32 in training and bfloat16 in vLLM"):
         trace(Engine(torch.bfloat16), shapes(Trainer()))
 
 
@@ -103,6 +103,6 @@ def test_a_weight_of_vllm_that_nothing_fills_is_declined_before_anything_changes
         engine.extra = nn.Parameter(torch.zeros(2, 2))
     destinations = trace(engine, shapes(trainer))
     before = {name: p.data_ptr() for name, p in trainer.named_parameters()}
-    with pytest.raises(EngineDeclined, match="extra"):
+    with pytest.raises(EngineDeclinedError, match="extra"):
         adopt(engine, base_weights(trainer), destinations)
     assert {name: p.data_ptr() for name, p in trainer.named_parameters()} == before

@@ -54,21 +54,24 @@ def test_control_an_engine_with_a_copy_answers_with_old_weights(tmp_path, turbo)
     """What the tests above would miss if vLLM had weights of its own."""
     import vllm
 
-    from tests.engine.conftest import trl_arguments
+    from tests.engine.conftest import shut_down, trl_arguments
 
     model, _ = saved(tmp_path, "qwen2_tied")
     expected = by_transformers(model)
-    llm = vllm.LLM(**{**trl_arguments(model), "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24})
+    llm = vllm.LLM(
+        **{**trl_arguments(model), "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24}
+    )
     assert by_vllm(llm) == expected
     train(model)
     llm.reset_prefix_cache()
     assert by_vllm(llm) == expected != by_transformers(model)
+    shut_down(llm)
 
 
 def test_control_without_a_reset_the_prefix_cache_keeps_old_weights(tmp_path, turbo):
     model, _ = saved(tmp_path, "qwen2_tied")
     llm = turbo(model)
-    long = [list(range(4, 4 + 40))]  # two full blocks of the cache
+    long = [list(range(4, 4 + 180))]  # more than one block of the cache, 128 tokens on a CPU
     by_vllm(llm, long)
     train(model)
     expected = by_transformers(model, long)
@@ -80,7 +83,7 @@ def test_control_without_a_reset_the_prefix_cache_keeps_old_weights(tmp_path, tu
 def test_saving_copying_and_loading_stay_right(tmp_path, turbo):
     from transformers import AutoModelForCausalLM
 
-    model, folder = saved(tmp_path / "model", "qwen2_tied")
+    model, _ = saved(tmp_path / "model", "qwen2_tied")
     llm = turbo(model)
     train(model)
 
@@ -123,12 +126,12 @@ def test_a_weight_that_was_put_elsewhere_comes_back(tmp_path, turbo):
 
 
 def test_a_weight_of_another_dtype_stops_generation_in_words(tmp_path, turbo):
-    from trl_turbo.engine.errors import WeightsMoved
+    from trl_turbo.engine.errors import WeightsMovedError
 
     model, _ = saved(tmp_path, "qwen2_tied")
     llm = turbo(model)
     model.half()
-    with pytest.raises(WeightsMoved, match=r"float16 .* was .* float32 .* build the trainer after"):
+    with pytest.raises(WeightsMovedError, match=r"became float16 .* was float32 .* build the trainer after"):
         by_vllm(llm, PROMPTS[:1])
     model.float()
     assert by_vllm(llm, PROMPTS[:1]) == by_transformers(model, PROMPTS[:1])

@@ -1,8 +1,8 @@
-"""Generation by a vLLM in the trainer's process that reads the trainer's own weights. The only place that imports vLLM.
+"""Generation by a vLLM in the trainer's process that reads the trainer's own weights. Only this package imports vLLM.
 
-There is one copy of the weights: vLLM's modules point at the tensors that the optimizer updates, so a training step needs
-no weight sync. `llm` has the engine, `sharing` the weights, `adapter` and `merged` the two ways to serve a LoRA adapter,
-`plan` the sizes, `checks` what is declined.
+There is one copy of the weights: vLLM's modules point at the tensors that the optimizer updates, so a training step
+needs no weight sync. `llm` has the engine, `sharing` the weights, `adapter` the way an adapter is served, `sizing` the
+sizes, `checks` what is declined.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_turbo.engine.errors import EngineDeclined as EngineDeclined
+    from trl_turbo.engine.errors import EngineDeclinedError as EngineDeclinedError
     from trl_turbo.engine.memory import MemoryReport as MemoryReport
-    from trl_turbo.engine.plan import Plan as Plan
-    from trl_turbo.engine.plan import Work as Work
-    from trl_turbo.engine.plan import plan as plan
+    from trl_turbo.engine.sizing import Plan as Plan
+    from trl_turbo.engine.sizing import Work as Work
+    from trl_turbo.engine.sizing import plan as plan
 
-__all__ = ["EngineDeclined", "MemoryReport", "Plan", "Work", "plan"]
+__all__ = ["EngineDeclinedError", "MemoryReport", "Plan", "Work", "plan"]
 
 # Imported when first asked for: most of this package imports torch.
 _LATE = {
-    "EngineDeclined": "errors",
+    "EngineDeclinedError": "errors",
     "MemoryReport": "memory",
-    "Plan": "plan",
-    "Work": "plan",
-    "plan": "plan",
+    "Plan": "sizing",
+    "Work": "sizing",
+    "plan": "sizing",
 }
 
 

@@ -1,7 +1,7 @@
 """A PEFT adapter in vLLM's own buffers, updated in place from memory.
 
-vLLM is told of the adapter once, without weights: no file, no copy of the adapter on the host. What it multiplies by are
-its slot buffers, whose addresses CUDA graphs hold, so a push copies into them and never replaces them.
+vLLM is told of the adapter once, without weights: no file, no copy of the adapter on the host. What it multiplies by
+are its slot buffers, whose addresses CUDA graphs hold, so a push copies into them and never replaces them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trl_turbo.engine.adapter_config import active_adapter, adapter_layers
-from trl_turbo.engine.errors import EngineDeclined
+from trl_turbo.engine.errors import EngineDeclinedError
 
 #: Ranks that vLLM has buffers for; the next larger one is taken.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -26,7 +26,7 @@ def llm_kwargs(model: Any) -> dict[str, Any]:
     """What `LLM` needs to be able to serve the model's adapter.
 
     Raises:
-        EngineDeclined: The rank is larger than vLLM's buffers.
+        EngineDeclinedError: The rank is larger than vLLM's buffers.
     """
     name = active_adapter(model)
     if name is None:
@@ -34,7 +34,7 @@ def llm_kwargs(model: Any) -> dict[str, Any]:
     highest = max(layer.lora_A[name].weight.shape[0] for layer in adapter_layers(model, name).values())
     rank = next((r for r in RANKS if r >= highest), None)
     if rank is None:
-        raise EngineDeclined(f"the adapter has rank {highest}, and vLLM serves up to {RANKS[-1]}")
+        raise EngineDeclinedError(f"the adapter has rank {highest}, and vLLM serves up to {RANKS[-1]}")
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
 
 
@@ -55,7 +55,7 @@ class ServedAdapter:
         manager: vLLM's `WorkerLoRAManager` in this process.
 
     Raises:
-        EngineDeclined: vLLM has no place for one of its layers.
+        EngineDeclinedError: vLLM has no place for one of its layers.
     """
 
     def __init__(self, model: Any, manager: Any) -> None:
@@ -63,7 +63,7 @@ class ServedAdapter:
 
         name = active_adapter(model)
         if name is None:
-            raise EngineDeclined("the model has no adapter to serve")
+            raise EngineDeclinedError("the model has no adapter to serve")
         self.name = name
         self.request = LoRARequest(lora_name="trl_turbo", lora_int_id=_ID, lora_path=_PATH)
         self._manager = manager
@@ -85,10 +85,12 @@ class ServedAdapter:
         """Copy the adapter as it is now into vLLM's buffers, scaled. Call after each optimizer step.
 
         Raises:
-            EngineDeclined: vLLM has dropped the adapter from its slot.
+            EngineDeclinedError: vLLM has dropped the adapter from its slot.
         """
         if self._slot() is None:
-            raise EngineDeclined("vLLM dropped the trainer's adapter from its slot; do not load others into this engine")
+            raise EngineDeclinedError(
+                "vLLM dropped the trainer's adapter from its slot; do not load others into this engine"
+            )
         name = self.name
         into_b = [target.b for target in self._targets]
         torch._foreach_copy_([t.a for t in self._targets], [t.layer.lora_A[name].weight for t in self._targets])
@@ -105,8 +107,11 @@ class ServedAdapter:
             if request.lora_path != _PATH:
                 return from_disk(request)
             from vllm.lora.lora_model import LoRAModel
+            from vllm.lora.lora_weights import LoRALayerWeights
 
-            return LoRAModel(request.lora_int_id, manager.lora_config.max_lora_rank, {})
+            # vLLM looks at the first layer of an adapter, so there must be one; no module has this name
+            empty = LoRALayerWeights("trl_turbo", 1, 1, torch.zeros(1, 1), torch.zeros(1, 1))
+            return LoRAModel(request.lora_int_id, manager.lora_config.max_lora_rank, {"trl_turbo": empty})
 
         # On the instance: vLLM reads adapters from a folder and has no way to be given one.
         manager._load_adapter = load
@@ -130,17 +135,17 @@ class ServedAdapter:
                 if layer is not None:
                     found.append(self._target(name, module, index, slot, layer))
         if left:
-            raise EngineDeclined(f"vLLM has no adapter buffer for {next(iter(left))} ({len(left)} such)")
+            raise EngineDeclinedError(f"vLLM has no adapter buffer for {next(iter(left))} ({len(left)} such)")
         return tuple(found)
 
     def _target(self, name: str, module: Any, index: int, slot: int | None, layer: Any) -> _Target:
         if not isinstance(module.lora_a_stacked, tuple) or index >= len(module.lora_a_stacked):
-            raise EngineDeclined(f"vLLM keeps the adapter of {name} in another layout")
+            raise EngineDeclinedError(f"vLLM keeps the adapter of {name} in another layout")
         rank, inputs = layer.lora_A[self.name].weight.shape
         outputs = layer.lora_B[self.name].weight.shape[0]
         a, b = module.lora_a_stacked[index][slot, 0], module.lora_b_stacked[index][slot, 0]
         if a.shape[0] < rank or a.shape[1] != inputs or b.shape[0] != outputs:
-            raise EngineDeclined(
+            raise EngineDeclinedError(
                 f"vLLM's adapter buffers of {name} are {tuple(a.shape)} and {tuple(b.shape)}, and the layer needs "
                 f"({rank}, {inputs}) and ({outputs}, {rank})"
             )

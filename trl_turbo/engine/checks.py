@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from trl_turbo.engine.adapter_config import adapter_declined
 from trl_turbo.engine.names import base_model, base_weights
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    model: Any
+    kwargs: dict[str, Any]
+    accelerator: Any
+
+    @property
+    def base(self) -> Any:
+        return base_model(self.model)
+
+    @property
+    def parameters(self) -> list[Any]:
+        return [slot.parameter for slot in base_weights(self.model).values()]
 
 
 def declined(model: Any, llm_kwargs: dict[str, Any], accelerator: Any = None) -> str | None:
@@ -18,80 +34,87 @@ def declined(model: Any, llm_kwargs: dict[str, Any], accelerator: Any = None) ->
         llm_kwargs: What TRL passes to `LLM`.
         accelerator: The trainer's, where there is one.
     """
+    candidate = _Candidate(model, llm_kwargs, accelerator)
     for check in _CHECKS:
-        reason = check(model, llm_kwargs, accelerator)
+        reason = check(candidate)
         if reason:
             return reason
     return adapter_declined(model)
 
 
-def _parallel(model: Any, kwargs: dict[str, Any], accelerator: Any) -> str | None:
+def _parallel(candidate: _Candidate) -> str | None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if (kwargs.get(name) or 1) > 1:
-            return f"{name} is {kwargs[name]}, and a trainer holds whole tensors, not vLLM's shards; set it to 1"
+        if (candidate.kwargs.get(name) or 1) > 1:
+            return (
+                f"{name} is {candidate.kwargs[name]}, and a trainer holds whole tensors, not vLLM's shards; set it to 1"
+            )
     return None
 
 
-def _sharded(model: Any, kwargs: dict[str, Any], accelerator: Any) -> str | None:
-    state = getattr(accelerator, "state", None)
+def _sharded(candidate: _Candidate) -> str | None:
+    state = getattr(candidate.accelerator, "state", None)
     if getattr(state, "fsdp_plugin", None) is not None:
         return "FSDP keeps shards of each tensor, and vLLM reads whole ones"
     plugin = getattr(state, "deepspeed_plugin", None)
     if plugin is not None:
         return f"DeepSpeed ZeRO stage {plugin.zero_stage} replaces the model's tensors by flat buffers of its own"
-    for parameter in model.parameters():
+    for parameter in candidate.model.parameters():
         if hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh"):
             return "the model's tensors are shards (ZeRO or DTensor), and vLLM reads whole ones"
     return None
 
 
-def _vision(model: Any, kwargs: dict[str, Any], accelerator: Any) -> str | None:
-    config = base_model(model).config
+def _vision(candidate: _Candidate) -> str | None:
+    config = candidate.base.config
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
-        return f"{type(base_model(model)).__name__} takes images or sound, which sharing has not been proven for"
+        return f"{type(candidate.base).__name__} takes images or sound, which sharing has not been proven for"
     return None
 
 
-def _encoder(model: Any, kwargs: dict[str, Any], accelerator: Any) -> str | None:
-    return "the model is an encoder-decoder" if getattr(base_model(model).config, "is_encoder_decoder", False) else None
+def _encoder(candidate: _Candidate) -> str | None:
+    return "the model is an encoder-decoder" if getattr(candidate.base.config, "is_encoder_decoder", False) else None
 
 
-def _experts(model: Any, kwargs: dict[str, Any], accelerator: Any) -> str | None:
-    config = base_model(model).config.get_text_config()
+def _experts(candidate: _Candidate) -> str | None:
+    config = candidate.base.config.get_text_config()
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if (getattr(config, name, None) or 0) > 1:
             return "vLLM repacks the weights of a mixture of experts for its kernels"
     if getattr(config, "kv_lora_rank", None):
-        return "vLLM derives further weights from those of multi-head latent attention, which training would leave behind"
+        return (
+            "vLLM derives further weights from those of multi-head latent attention, which training would leave behind"
+        )
     return None
 
 
-def _quantised(model: Any, kwargs: dict[str, Any], accelerator: Any) -> str | None:
-    config = getattr(base_model(model).config, "quantization_config", None)
-    if config is not None or getattr(base_model(model), "is_quantized", False):
+def _quantised(candidate: _Candidate) -> str | None:
+    config = getattr(candidate.base.config, "quantization_config", None)
+    if config is not None or getattr(candidate.base, "is_quantized", False):
         method = getattr(config, "quant_method", None) or (config or {}).get("quant_method", "unknown")
         return f"the model is quantised ({getattr(method, 'value', method)}), and vLLM would repack its weights"
-    if kwargs.get("quantization"):
-        return f"quantization={kwargs['quantization']!r} makes vLLM keep other weights than the trainer's"
+    if candidate.kwargs.get("quantization"):
+        return f"quantization={candidate.kwargs['quantization']!r} makes vLLM keep other weights than the trainer's"
     return None
 
 
-def _dtype(model: Any, kwargs: dict[str, Any], accelerator: Any) -> str | None:
-    found = {slot.parameter.dtype for slot in base_weights(model).values()}
+def _dtype(candidate: _Candidate) -> str | None:
+    found = {parameter.dtype for parameter in candidate.parameters}
     names = sorted(str(dtype).removeprefix("torch.") for dtype in found)
     if len(found) > 1:
         return f"the model's weights are {' and '.join(names)}, and vLLM runs in one dtype; load the model in one"
-    wanted = str(kwargs.get("dtype", "auto")).removeprefix("torch.")
+    wanted = str(candidate.kwargs.get("dtype", "auto")).removeprefix("torch.")
     if wanted not in ("auto", names[0]):
         return f"dtype={wanted!r} was asked of vLLM and the trainer's weights are {names[0]}"
-    on_gpu = any(slot.parameter.is_cuda for slot in base_weights(model).values())
+    on_gpu = any(parameter.is_cuda for parameter in candidate.parameters)
     if on_gpu and names[0] == "float32":
-        return "the trainer holds its weights in float32, and vLLM samples in 16 bits on a GPU; load the model in bfloat16"
+        return (
+            "the trainer holds its weights in float32, and vLLM samples in 16 bits on a GPU; load the model in bfloat16"
+        )
     return None
 
 
-def _devices(model: Any, kwargs: dict[str, Any], accelerator: Any) -> str | None:
-    devices = {slot.parameter.device for slot in base_weights(model).values()}
+def _devices(candidate: _Candidate) -> str | None:
+    devices = {parameter.device for parameter in candidate.parameters}
     if len(devices) > 1:
         return f"the model is spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))})"
     device = next(iter(devices))
@@ -102,9 +125,10 @@ def _devices(model: Any, kwargs: dict[str, Any], accelerator: Any) -> str | None
     return None
 
 
-def _implementation(model: Any, kwargs: dict[str, Any], accelerator: Any) -> str | None:
-    if kwargs.get("model_impl") in ("transformers", "terratorch"):
-        return f"model_impl={kwargs['model_impl']!r} builds vLLM's model from modules that sharing was not proven for"
+def _implementation(candidate: _Candidate) -> str | None:
+    if candidate.kwargs.get("model_impl") in ("transformers", "terratorch"):
+        name = candidate.kwargs["model_impl"]
+        return f"model_impl={name!r} builds vLLM's model from modules that sharing was not proven for"
     return None
 
 

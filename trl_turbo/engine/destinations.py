@@ -1,7 +1,8 @@
 """Find where each checkpoint tensor lands in a vLLM model, by running vLLM's own loader on tensors without storage.
 
-No table of fused modules for each model: `load_weights` knows where the rows of q, k and v go, that a vocabulary is padded
-and what is tied. It is given meta tensors, and a dispatch mode swallows every copy from one and keeps its destination.
+No table of fused modules for each model: `load_weights` knows where the rows of q, k and v go, that a vocabulary is
+padded and what is tied. It is given meta tensors, and a dispatch mode swallows every copy from one and keeps its
+destination.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_turbo.engine.errors import EngineDeclined
+from trl_turbo.engine.errors import EngineDeclinedError
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Shape:
 
     dims: torch.Size
     dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{_short(self.dtype)} {list(self.dims)}"
 
 
 @dataclass(frozen=True)
@@ -77,19 +81,19 @@ def trace(vllm_model: nn.Module, shapes: Mapping[str, Shape]) -> dict[str, Desti
         Checkpoint name to destination, for all of them.
 
     Raises:
-        EngineDeclined: A tensor does not land in one contiguous place of its own dtype, or the loader reads values.
+        EngineDeclinedError: A tensor does not land in one contiguous place of its dtype, or the loader reads values.
     """
     recorder = _Recorder()
     try:
         with recorder, torch.no_grad():
             vllm_model.load_weights(recorder.probes(shapes))  # type: ignore[operator]
     except Exception as error:
-        raise EngineDeclined(
+        raise EngineDeclinedError(
             f"vLLM's loader for {type(vllm_model).__name__} cannot be followed without values "
             f"({type(error).__name__}: {error})"
         ) from error
     if None in recorder.copies:
-        raise EngineDeclined(
+        raise EngineDeclinedError(
             f"vLLM's loader for {type(vllm_model).__name__} computes {len(recorder.copies[None])} of its weights from "
             "the checkpoint's, so they cannot be the same tensors"
         )
@@ -102,24 +106,24 @@ def _destination(
 ) -> Destination:
     covered = sum(source.numel() for _, source in copies)
     if covered != shape.dims.numel():
-        raise EngineDeclined(f"vLLM takes {covered} of the {shape.dims.numel()} elements of {name}")
+        raise EngineDeclinedError(f"vLLM takes {covered} of the {shape.dims.numel()} elements of {name}")
     storages = {into.untyped_storage()._cdata for into, _ in copies}
-    # Where a copy starts, minus where its source does, is the same for all copies of a tensor that stays in one piece.
-    offsets = {into.storage_offset() - source.storage_offset() for into, source in copies}
+    # Where a copy starts, minus where its source does: the same for all copies of a tensor that stays in one piece
+    offsets = {int(into.storage_offset()) - int(source.storage_offset()) for into, source in copies}
     reordered = any(_strides(into) != _strides(source) for into, source in copies)
     if len(storages) != 1 or len(offsets) != 1 or reordered:
-        raise EngineDeclined(
+        raise EngineDeclinedError(
             f"vLLM keeps {name} in another layout, {len(copies)} pieces in {len(storages)} tensors, as its backend "
             "for mixtures of experts or quantised weights does"
         )
     into = copies[0][0]
     if into.dtype != shape.dtype:
-        raise EngineDeclined(
+        raise EngineDeclinedError(
             f"{name} is {_short(shape.dtype)} in training and {_short(into.dtype)} in vLLM; load the model in one dtype"
         )
     owner = owners.get(storages.pop())
     if owner is None:
-        raise EngineDeclined(f"vLLM puts {name} into a tensor that is no parameter of its model")
+        raise EngineDeclinedError(f"vLLM puts {name} into a tensor that is no parameter of its model")
     return Destination(owner, offsets.pop())
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 
-class EngineDeclined(RuntimeError):
+class EngineDeclinedError(RuntimeError):
     """A model, a setting or a version that the engine does not share weights with; its text says why, in one sentence.
 
     The caller leaves generation to TRL's own path and notes the sentence in the report.
     """
 
 
-class WeightsMoved(RuntimeError):
+class WeightsMovedError(RuntimeError):
     """A weight of the trainer no longer lies where vLLM reads it, and cannot be put back there."""

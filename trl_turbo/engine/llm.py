@@ -10,7 +10,7 @@ from typing import Any
 
 import vllm
 
-from trl_turbo.engine.errors import EngineDeclined, WeightsMoved
+from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
 from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.engine.serving import Trainee, take
 from trl_turbo.engine.shared import SharedEngine
@@ -18,7 +18,7 @@ from trl_turbo.engine.start import Start, prepare
 from trl_turbo.report import note
 
 
-class TurboLLM(vllm.LLM):  # type: ignore[misc]
+class TurboLLM(vllm.LLM):
     """A `vllm.LLM` that reads the weights of the trainer that builds it.
 
     Built outside a trainer, or for one that is declined, it is vLLM's own class in everything.
@@ -39,7 +39,7 @@ class TurboLLM(vllm.LLM):  # type: ignore[misc]
             return
         try:
             self._start(trainee, args, kwargs)
-        except EngineDeclined as error:
+        except EngineDeclinedError as error:
             self.declined = str(error)
         if self.declined:
             # Outside the handler: its traceback holds the engine that was given up, and that one's memory
@@ -56,10 +56,10 @@ class TurboLLM(vllm.LLM):  # type: ignore[misc]
         try:
             with start.loading():
                 super().__init__(*args, **start.llm_kwargs)
-        except EngineDeclined:
+        except EngineDeclinedError:
             raise
         except Exception as error:
-            raise EngineDeclined(start.failure(error)) from error
+            raise EngineDeclinedError(start.failure(error)) from error
         self.shared = self._finish(start)
 
     def _finish(self, start: Start) -> SharedEngine:
@@ -67,7 +67,7 @@ class TurboLLM(vllm.LLM):  # type: ignore[misc]
         self.shared = shared
         reason = shared.compare(self._sample).reason
         if reason is not None:
-            raise EngineDeclined(reason)
+            raise EngineDeclinedError(reason)
         self._reset()
         for sentence in start.notes:
             note("rollout", sentence)
@@ -83,10 +83,16 @@ class TurboLLM(vllm.LLM):  # type: ignore[misc]
         return ids, [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)]
 
     def _give_up(self) -> None:
+        """Free what was started, but not `torch.distributed`, which the trainer needs and vLLM's shutdown destroys."""
         self.shared = None
         engine = self.__dict__.pop("llm_engine", None)
         if engine is not None:
-            engine.engine_core.shutdown()
+            client = engine.engine_core
+            finalizer = getattr(client, "_finalizer", None)  # from vLLM 0.31: it would destroy it when collected
+            if finalizer is not None:
+                finalizer.detach()
+            client.engine_core.model_executor.shutdown()
+            client.engine_core.scheduler.shutdown()
         del engine
         gc.collect()
 
@@ -99,7 +105,7 @@ class TurboLLM(vllm.LLM):  # type: ignore[misc]
         what the prefix cache holds belongs to the old weights.
 
         Raises:
-            WeightsMoved: A weight changed its shape, dtype or device.
+            WeightsMovedError: A weight changed its shape, dtype or device.
             RuntimeError: Requests are in flight, so that the prefix cache cannot be dropped.
         """
         if self.shared is not None:
@@ -119,7 +125,7 @@ class TurboLLM(vllm.LLM):  # type: ignore[misc]
         """As `vllm.LLM.generate`, with the trainer's adapter and after a check of the weights.
 
         Raises:
-            WeightsMoved: A weight changed its shape, dtype or device since the engine started.
+            WeightsMovedError: A weight changed its shape, dtype or device since the engine started.
         """
         shared = self.shared
         if shared is None:
@@ -127,11 +133,12 @@ class TurboLLM(vllm.LLM):  # type: ignore[misc]
         if shared.check():
             self._reset()
         self._wake()
-        if shared.lora_request is not None and len(args) < 2:
-            kwargs.setdefault("lora_request", shared.lora_request)
         if self._ids_only:
             sampling_params = _without_text(sampling_params)
-        return super().generate(prompts, sampling_params, *args, **kwargs)
+        with shared.adapted() as request:
+            if request is not None:
+                kwargs.setdefault("lora_request", request)
+            return super().generate(prompts, sampling_params, *args, **kwargs)
 
     @contextmanager
     def ids_only(self) -> Iterator[None]:
@@ -207,4 +214,14 @@ def _without_text(params: Any) -> Any:
     return params
 
 
-__all__ = ["EngineDeclined", "TurboLLM", "WeightsMoved"]
+def replaceable(module: Any) -> str | None:
+    """Say why `LLM` in a module of TRL's is not vLLM's own class, for which `TurboLLM` may stand, or return `None`."""
+    found = getattr(module, "LLM", None)
+    if found is None:
+        return f"{module.__name__} has no LLM: TRL found no vLLM that it supports"
+    if found is not vllm.LLM:
+        return f"LLM in {module.__name__} is {found.__module__}.{found.__qualname__} and not vLLM's own"
+    return None
+
+
+__all__ = ["EngineDeclinedError", "TurboLLM", "WeightsMovedError", "replaceable"]

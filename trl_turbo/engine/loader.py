@@ -11,7 +11,7 @@ from torch import nn
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from trl_turbo.engine.errors import EngineDeclined
+from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.sharing import SharedWeights
 from trl_turbo.engine.storage import without_storage
 
@@ -35,7 +35,7 @@ def sharing(weights: SharedWeights) -> Iterator[None]:
 
 
 @register_model_loader(LOAD_FORMAT)
-class SharedLoader(BaseModelLoader):  # type: ignore[misc]
+class SharedLoader(BaseModelLoader):
     """Builds vLLM's model without storage and points it at the weights of :func:`sharing`."""
 
     def download_model(self, model_config: Any) -> None:
@@ -45,10 +45,10 @@ class SharedLoader(BaseModelLoader):  # type: ignore[misc]
         """Build the model, share the weights, and let vLLM finish as after any load.
 
         Raises:
-            EngineDeclined: The weights cannot be shared.
+            EngineDeclinedError: The weights cannot be shared.
         """
         if not _current:
-            raise EngineDeclined(f"load_format={LOAD_FORMAT!r} is for engines that a trainer starts")
+            raise EngineDeclinedError(f"load_format={LOAD_FORMAT!r} is for engines that a trainer starts")
         weights = _current[-1]
         with ExitStack() as construction, plain_cpu_linears():
             construction.enter_context(without_storage())
@@ -57,7 +57,7 @@ class SharedLoader(BaseModelLoader):  # type: ignore[misc]
         weights.verify(model)
         return model
 
-    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:  # noqa: ARG002
         """Share instead of load; called by vLLM between construction and post-processing."""
         self._construction.close()
         _current[-1].attach(model)
@@ -77,7 +77,7 @@ def plain_cpu_linears() -> Iterator[None]:
         return
     original = utils.dispatch_cpu_unquantized_gemm
 
-    def keep(layer: nn.Module, remove_weight: bool) -> None:
+    def keep(layer: nn.Module, remove_weight: bool) -> None:  # noqa: ARG001
         layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
 
     utils.dispatch_cpu_unquantized_gemm = keep

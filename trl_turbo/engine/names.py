@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,22 @@ def base_weights(model: Any) -> dict[str, Slot]:
     Returns:
         Checkpoint name, such as `model.layers.0.self_attn.q_proj.weight`, to slot.
     """
-    found: dict[str, Slot] = {}
-    seen: set[int] = set()
+    return {slots[0].name: slots[0] for slots in slot_groups(model)}
+
+
+def slot_groups(model: Any) -> list[list[Slot]]:
+    """All slots of the base model, those that hold one parameter together: most groups are of one, tied ones of two."""
+    groups: dict[int, list[Slot]] = {}
     for prefix, module in base_model(model).named_modules():
         if is_adapter(prefix):
             continue
         for leaf, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            name = f"{prefix}.{leaf}".replace(".base_layer", "").lstrip(".")
-            found[name] = Slot(name, module, leaf)
-    return found
+            if parameter is not None:
+                name = f"{prefix}.{leaf}".replace(".base_layer", "").lstrip(".")
+                groups.setdefault(id(parameter), []).append(Slot(name, module, leaf))
+    return list(groups.values())
 
 
 def is_adapter(prefix: str) -> bool:
     """Whether a module with this dotted name belongs to a LoRA adapter."""
     return any(part.startswith("lora_") for part in prefix.split("."))
-
-
-def address(tensor: Tensor) -> int:
-    """Where the first element of a tensor lies; 0 for one without storage."""
-    return tensor.data_ptr()

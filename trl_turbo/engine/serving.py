@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from trl_turbo.engine.plan import Work
+from trl_turbo.engine.sizing import Work
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,17 @@ class Trainee:
     work: Work
 
 
-_waiting: ContextVar[Trainee | None] = ContextVar("trl_turbo_trainee", default=None)
+_waiting: ContextVar[Callable[[], Trainee] | None] = ContextVar("trl_turbo_trainee", default=None)
 
 
 @contextmanager
-def serving(trainee: Trainee) -> Iterator[None]:
-    """While open, the first `TurboLLM` that is built serves this trainee; further ones are plain `vllm.LLM`."""
-    token = _waiting.set(trainee)
+def serving(find: Callable[[], Trainee]) -> Iterator[None]:
+    """While open, the first `TurboLLM` that is built serves a trainee; further ones are plain `vllm.LLM`.
+
+    Args:
+        find: Returns it when that engine is built: a trainer's model may not be there when its `__init__` is entered.
+    """
+    token = _waiting.set(find)
     try:
         yield
     finally:
@@ -41,7 +45,8 @@ def serving(trainee: Trainee) -> Iterator[None]:
 
 def take() -> Trainee | None:
     """Return who waits for an engine, once."""
-    trainee = _waiting.get()
-    if trainee is not None:
-        _waiting.set(None)
-    return trainee
+    find = _waiting.get()
+    if find is None:
+        return None
+    _waiting.set(None)
+    return find()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from trl_turbo.engine import parity
 from trl_turbo.engine.adapter import ServedAdapter
+from trl_turbo.engine.adapter_config import adapter_layers
 from trl_turbo.engine.memory import MemoryReport
+from trl_turbo.engine.merged import Fold, LogTooLargeError
 from trl_turbo.engine.start import Start
 from trl_turbo.report import note
 
@@ -24,6 +27,7 @@ class SharedEngine:
     Attributes:
         weights: The shared weights.
         adapter: The adapter in vLLM's buffers, or `None`.
+        fold: The adapter's way into the base weights, where it is merged for each rollout, or `None`.
         can_release: Whether the KV cache can be given up between rollouts.
         kv_released: Whether it is given up at the moment.
     """
@@ -36,14 +40,36 @@ class SharedEngine:
         self.can_release = start.can_release
         self.kv_released = False
         self.adapter: ServedAdapter | None = None
+        self.fold: Fold | None = None
         if start.serves_adapter:
             self.adapter = ServedAdapter(self._model, worker.model_runner.lora_manager)
             self.adapter.push()
+            if start.merges_adapter:
+                self.fold = Fold(adapter_layers(self._model, self.adapter.name), self.adapter.name)
 
-    @property
-    def lora_request(self) -> Any:
-        """What requests carry so that vLLM applies the adapter; `None` without one."""
-        return self.adapter.request if self.adapter is not None else None
+    @contextmanager
+    def adapted(self) -> Iterator[Any]:
+        """While open, vLLM samples with the adapter; yields what requests must carry for that, `None` for nothing.
+
+        The base is restored when it closes, whatever happened: nothing else may see merged weights.
+        """
+        if self.adapter is None:
+            yield None
+            return
+        if self.fold is not None:
+            try:
+                self.fold.fold()
+            except LogTooLargeError as error:
+                self.fold = None
+                self.adapter.push()
+                note("rollout", f"the adapter is served unmerged from now on: {error}")
+        if self.fold is None:
+            yield self.adapter.request
+            return
+        try:
+            yield None
+        finally:
+            self.fold.restore()
 
     def compare(self, sample: _Sample) -> parity.Gap:
         """Compare the log-probs of one sampled answer with those of the trainer's model."""
@@ -65,7 +91,7 @@ class SharedEngine:
     def refresh(self) -> None:
         """Check the weights and push the adapter."""
         self.check()
-        if self.adapter is not None:
+        if self.adapter is not None and self.fold is None:
             self.adapter.push()
 
     def memory_report(self) -> MemoryReport:

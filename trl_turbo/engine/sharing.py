@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from trl_turbo.engine.destinations import Shape, trace
-from trl_turbo.engine.errors import EngineDeclined, WeightsMoved
-from trl_turbo.engine.names import Slot, base_weights
+from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
+from trl_turbo.engine.names import Slot, slot_groups
 from trl_turbo.engine.storage import adopt, part
 
 
@@ -43,13 +43,14 @@ class SharedWeights:
     """
 
     def __init__(self, model: Any) -> None:
-        self._slots = base_weights(model)
+        self._groups = slot_groups(model)
+        self._slots = {group[0].name: group[0] for group in self._groups}
         self._pairs: tuple[_Pair, ...] = ()
         self.nbytes = 0
         self.padding_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._slots) if self._pairs else 0
 
     @property
     def slots(self) -> Mapping[str, Slot]:
@@ -60,16 +61,19 @@ class SharedWeights:
         """Point vLLM's freshly built model at the trainer's weights.
 
         Raises:
-            EngineDeclined: The two cannot share every tensor; the trainer's model is unchanged then.
+            EngineDeclinedError: The two cannot share every tensor; the trainer's model is unchanged then.
         """
         if self._pairs:
-            raise EngineDeclined("the weights are shared with one vLLM already, and this is a second one")
+            raise EngineDeclinedError("the weights are shared with one vLLM already, and this is a second one")
         shapes = {name: Shape(slot.parameter.shape, slot.parameter.dtype) for name, slot in self._slots.items()}
         destinations = trace(vllm_model, shapes)
         owners = adopt(vllm_model, self._slots, destinations)
+        # Tied slots are checked each: `load_state_dict(assign=True)` gives each a parameter of its own
         self._pairs = tuple(
-            _Pair(slot, owners[destinations[name].parameter], destinations[name].offset, shapes[name])
-            for name, slot in self._slots.items()
+            _Pair(slot, owners[into.parameter], into.offset, shapes[group[0].name])
+            for group in self._groups
+            for into in (destinations[group[0].name],)
+            for slot in group
         )
         self.nbytes = sum(_nbytes(slot.parameter) for slot in self._slots.values())
         self.padding_bytes = sum(map(_nbytes, owners.values())) - self.nbytes
@@ -78,26 +82,30 @@ class SharedWeights:
         """Check, once vLLM has finished loading, that its model still has the parameters that were shared.
 
         Raises:
-            EngineDeclined: vLLM replaced or repacked one after loading, or a weight of the trainer moved.
+            EngineDeclinedError: vLLM replaced or repacked one after loading, or a weight of the trainer moved.
         """
         live = {id(p) for p in vllm_model.parameters()}
         for pair in self._pairs:
             if id(pair.owner) not in live:
-                raise EngineDeclined(f"vLLM replaced the weight {pair.slot.name} after loading, as repacking backends do")
+                raise EngineDeclinedError(
+                    f"vLLM replaced the weight {pair.slot.name} after loading, as repacking backends do"
+                )
             if not pair.in_place():
-                raise EngineDeclined(f"vLLM moved the weight {pair.slot.name} after loading, as repacking backends do")
+                raise EngineDeclinedError(
+                    f"vLLM moved the weight {pair.slot.name} after loading, as repacking backends do"
+                )
 
     def check(self) -> int:
         """Make sure that vLLM reads what the trainer trains; cheap enough for every rollout.
 
-        A weight that was put elsewhere (`load_state_dict(assign=True)`, `model.to(...)`, a merge that rebinds) is copied
-        into its place and becomes a view of it again; vLLM's graphs hold the address, so it must be that one.
+        A weight that was put elsewhere (`load_state_dict(assign=True)`, a merge that rebinds) is copied into its place
+        and becomes a view of it again; vLLM's graphs hold the address, so it must be that one.
 
         Returns:
             How many weights had moved.
 
         Raises:
-            WeightsMoved: One has another shape, dtype or device now.
+            WeightsMovedError: One has another shape, dtype or device now.
         """
         moved = [pair for pair in self._pairs if not pair.in_place()]
         for pair in moved:
@@ -111,10 +119,9 @@ class SharedWeights:
         expected = pair.shape
         found = Shape(parameter.shape, parameter.dtype)
         if found != expected or parameter.device != wanted.device:
-            raise WeightsMoved(
-                f"{pair.slot.name} became {tuple(found.dims)} {found.dtype} on {parameter.device} and was "
-                f"{tuple(expected.dims)} {expected.dtype} on {wanted.device}, so generation would read an old copy; "
-                "build the trainer after such changes"
+            raise WeightsMovedError(
+                f"{pair.slot.name} became {found} on {parameter.device} and was {expected} on {wanted.device}, so "
+                "generation would read an old copy; build the trainer after such changes"
             )
         wanted.copy_(parameter.data)
         parameter.data = wanted

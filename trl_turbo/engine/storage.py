@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_turbo.engine.destinations import Destination
-from trl_turbo.engine.errors import EngineDeclined
+from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.names import Slot
 
 _BARE = "_trl_turbo_bare"
@@ -20,8 +20,8 @@ _BARE = "_trl_turbo_bare"
 def without_storage() -> Iterator[None]:
     """While open, each matrix that a module registers gives its memory back at once.
 
-    What it then points at is host memory that nobody writes, so that the system never provides it. The meta device would
-    do the same for weights, but would lose what constructors compute, such as rotary tables.
+    What it then points at is host memory that nobody writes, so that the system never provides it. The meta device
+    would do the same for weights, but would lose what constructors compute, such as rotary tables.
     """
     original = nn.Module.register_parameter
 
@@ -33,7 +33,7 @@ def without_storage() -> Iterator[None]:
             setattr(kept, _BARE, True)
             kept.data = torch.empty(kept.shape, dtype=kept.data.dtype, device="cpu")
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -46,8 +46,8 @@ def adopt(
     """Let every vLLM parameter and the trainer's tensors in it be the same memory.
 
     A tensor that fills its vLLM parameter is adopted where it lies. Those that share one (q, k and v; gate and up; a
-    vocabulary that vLLM pads) are copied into one allocation, once, and the trainer's parameters become views of it: the
-    `Parameter` objects stay, so optimizers, hooks and adapters keep working.
+    vocabulary that vLLM pads) are copied into one allocation, once, and the trainer's parameters become views of it:
+    the `Parameter` objects stay, so optimizers, hooks and adapters keep working.
 
     Args:
         vllm_model: vLLM's model.
@@ -58,7 +58,7 @@ def adopt(
         The vLLM parameters that now hold the trainer's weights, by name.
 
     Raises:
-        EngineDeclined: A parameter of vLLM's takes no tensor of the trainer; nothing was changed then.
+        EngineDeclinedError: A parameter of vLLM's takes no tensor of the trainer; nothing was changed then.
     """
     parameters: dict[str, nn.Parameter] = dict(vllm_model.named_parameters())
     groups: dict[str, list[str]] = {}
@@ -66,7 +66,9 @@ def adopt(
         groups.setdefault(destination.parameter, []).append(name)
     bare = sorted(n for n, p in parameters.items() if n not in groups and getattr(p, _BARE, False))
     if bare:
-        raise EngineDeclined(f"vLLM's {bare[0]} takes no weight of the model ({len(bare)} such), as in derived copies")
+        raise EngineDeclinedError(
+            f"vLLM's {bare[0]} takes no weight of the model ({len(bare)} such), as in derived copies"
+        )
     with torch.no_grad():
         for owner, names in groups.items():
             _join(parameters[owner], [(slots[n].parameter, destinations[n].offset) for n in names])

@@ -11,13 +11,13 @@ from vllm.v1.worker.gpu_worker import Worker
 QUALNAME = f"{__name__}.SharedWorker"
 
 
-class SharedWorker(Worker):  # type: ignore[misc]
+class SharedWorker(Worker):
     """Keeps the weights out of the pool that sleep mode empties.
 
-    vLLM puts all that `load_model` allocates into the pool `weights`, which level 1 copies to the host and level 2 throws
-    away. Here those are the trainer's weights and vLLM's adapter buffers: the trainer needs the first, graphs hold the
-    addresses of the second. vLLM 0.26 has no level that leaves them; from 0.31 `release_kv_cache_memory()` does, but not
-    the tensors that sharing joins while the pool is open.
+    vLLM puts all that `load_model` allocates into the pool `weights`, which level 1 copies to the host and level 2
+    throws away. Here those are the tensors that sharing joins, which the trainer updates, and vLLM's adapter buffers,
+    whose addresses graphs hold. vLLM 0.26 has no level that leaves them; can go when 0.31, which has
+    `release_kv_cache_memory()`, is the oldest supported.
     """
 
     graph_bytes = 0
@@ -39,4 +39,4 @@ class SharedWorker(Worker):  # type: ignore[misc]
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[object]:
         if tag == "weights":
             return nullcontext()
-        return super()._maybe_get_memory_pool_context(tag)  # type: ignore[no-any-return]
+        return super()._maybe_get_memory_pool_context(tag)

@@ -6,9 +6,10 @@ They import torch and trl only inside ``probe`` and ``build``, so that ``trl_tur
 from __future__ import annotations
 
 #: Plugin modules that come with the package, in the order in which their patches apply.
-BUILTIN: tuple[str, ...] = ("trl_turbo.patches.logprob",)
+BUILTIN: tuple[str, ...] = ("trl_turbo.patches.logprob", "trl_turbo.patches.rollout")
 
 #: Keywords of ``patch()`` that exist whether or not the plugin module behind them can be imported.
 FEATURES: dict[str, str] = {
     "logprob": "fused per-token log-prob, entropy and DPO statistics that never form a [N, V] tensor",
+    "rollout": "rollouts from a colocated vLLM that reads the trainer's own weights: no copy, no sync",
 }

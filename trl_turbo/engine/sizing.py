@@ -88,16 +88,16 @@ def plan(
         kv = min(wanted, max(least, int(0.8 * free_bytes)))
         if kv < wanted:
             notes.append(
-                f"the KV cache is {kv / _GIB:.1f} GiB where the rollout would fill {wanted / _GIB:.1f}: vLLM queues part "
-                "of it; lower per_device_train_batch_size or max_completion_length"
+                f"the KV cache is {kv / _GIB:.1f} GiB where the rollout would fill {wanted / _GIB:.1f}: vLLM queues "
+                "part of it; lower per_device_train_batch_size or max_completion_length"
             )
     chosen: dict[str, Any] = {
         "kv_cache_memory_bytes": kv,
         "max_num_seqs": sequences,
         "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, sequences),
         "enable_prefix_caching": True,
-        # The longest sequence that the cache holds: vLLM refuses a cache smaller than one of `max_model_len` tokens, and
-        # a model's own limit, which TRL leaves in place, is often larger than all the work.
+        # The longest sequence that the cache holds: vLLM refuses a cache smaller than one of `max_model_len` tokens,
+        # and a model's own limit, which TRL leaves in place, is often larger than all the work.
         "max_model_len": -1,
     }
     if graphs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import Qwen2Config
 
-from trl_turbo.engine.plan import Work, plan
+from trl_turbo.engine.sizing import Work, plan
 
 CONFIG = Qwen2Config(
     hidden_size=1536,

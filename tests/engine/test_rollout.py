@@ -1,0 +1,136 @@
+"""GRPO, RLOO and OnlineDPO with `use_vllm=True`, through the patched TRL and a real vLLM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine.conftest import shut_down
+from tests.engine.trainers import metric
+from tests.engine.trainers import trainer as make_trainer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.trl]
+
+GAP = "sampling/sampling_logp_difference/mean"
+
+
+@pytest.fixture
+def patched():
+    import trl_turbo
+
+    report = trl_turbo.patch(logprob=False, verbose=False)
+    yield report
+    trl_turbo.unpatch()
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    made = []
+
+    def make(kind, **settings):
+        made.append(make_trainer(kind, tmp_path, **settings))
+        return made[-1]
+
+    yield make
+    for trained in made:
+        shut_down(engine_of(trained))
+
+
+def engine_of(trained):
+    return trained.vllm_generation.llm if hasattr(trained, "vllm_generation") else trained.llm
+
+
+def no_copies(llm, monkeypatch):
+    """Any copy of weights into vLLM from here on is an error."""
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+    def refuse(weights):
+        raise AssertionError("weights were copied")
+
+    monkeypatch.setattr(model, "load_weights", refuse, raising=False)
+
+
+def test_grpo_learns_from_the_weights_it_trains(trainer, patched, monkeypatch):
+    trained = trainer("GRPO", max_steps=24, learning_rate=1e-2)
+    llm = engine_of(trained)
+    assert llm.shared is not None, llm.declined
+    no_copies(llm, monkeypatch)
+    trained.train()
+    rewards = metric(trained, "reward")
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:4]) / 4 + 0.2, rewards
+    # The importance ratio is 1 as long as vLLM samples from exactly what is trained
+    assert max(metric(trained, GAP)) < 1e-3, metric(trained, GAP)
+    assert not [n for n in patched.notes if n.feature == "rollout"]
+
+
+def test_grpo_with_an_adapter(trainer, patched, monkeypatch):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    trained = trainer("GRPO", peft_config=config, max_steps=12, learning_rate=2e-2)
+    llm = engine_of(trained)
+    assert llm.shared is not None, llm.declined
+    no_copies(llm, monkeypatch)
+    frozen = {n: p.detach().clone() for n, p in trained.model.named_parameters() if "lora_" not in n}
+    trained.train()
+    assert max(metric(trained, GAP)) < 1e-3, metric(trained, GAP)
+    for name, parameter in trained.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+
+
+def test_control_without_a_push_the_log_probs_part(trainer, patched, monkeypatch):
+    from trl_turbo.engine.adapter import ServedAdapter
+
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    trained = trainer("GRPO", peft_config=config, max_steps=6, learning_rate=2e-2)
+    monkeypatch.setattr(ServedAdapter, "push", lambda self: None)
+    trained.train()
+    assert max(metric(trained, GAP)) > 1e-2
+
+
+def test_rloo_and_sleep_mode(trainer, patched, monkeypatch):
+    trained = trainer("RLOO", max_steps=3, vllm_enable_sleep_mode=True)
+    llm = engine_of(trained)
+    assert llm.shared is not None, llm.declined
+    no_copies(llm, monkeypatch)
+    trained.train()
+    assert len(metric(trained, "reward")) == 3
+
+
+def test_online_dpo(trainer, patched, monkeypatch):
+    trained = trainer("OnlineDPO", max_steps=3, vllm_enable_sleep_mode=True)
+    llm = engine_of(trained)
+    assert llm.shared is not None, llm.declined
+    no_copies(llm, monkeypatch)
+    trained.train()
+    assert trained.state.global_step == 3
+
+
+def test_what_is_declined_runs_on_trls_own_path_and_says_so(trainer, patched, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    trained = trainer("GRPO", peft_config=config, max_steps=1)
+    assert engine_of(trained).shared is None
+    notes = [note.text for note in patched.notes if note.feature == "rollout"]
+    assert len(notes) == 1
+    assert "DoRA" in notes[0]
+    assert "TRL's own engine" in notes[0]
+    trained.train()
+    assert len(metric(trained, "reward")) == 1
+
+
+def test_unpatched_trl_is_stock_again():
+    import vllm
+    from trl.generation import vllm_generation
+
+    import trl_turbo
+
+    original = vllm_generation.VLLMGeneration.sync_weights
+    trl_turbo.patch(verbose=False)
+    assert issubclass(vllm_generation.LLM, vllm.LLM)
+    assert vllm_generation.LLM is not vllm.LLM
+    trl_turbo.unpatch()
+    assert vllm_generation.LLM is vllm.LLM
+    assert vllm_generation.VLLMGeneration.sync_weights is original

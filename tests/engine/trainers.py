@@ -1,0 +1,71 @@
+"""Short trainings with a colocated vLLM, on a tiny model and the CPU."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from tests.engine.models import saved
+
+
+def liked(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    return [sum(token < 64 for token in ids) / max(1, len(ids)) for ids in completion_ids]
+
+
+def dataset() -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"prompt": ["12+7=", "a longer prompt 3*4=", "x", "8-5="] * 8})
+
+
+def settings(config_class: type, out: Path, **more: Any) -> Any:
+    known = inspect.signature(config_class).parameters
+    wanted = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 8,
+        "num_generations": 8,
+        "max_completion_length": 8,
+        "max_steps": 4,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "seed": 3,
+        **more,
+    }
+    return config_class(**{name: value for name, value in wanted.items() if name in known})
+
+
+def trainer(kind: str, tmp: Path, *, peft_config: Any = None, initializer_range: float = 0.05, **more: Any) -> Any:
+    """A GRPO, RLOO or OnlineDPO trainer, untrained."""
+    from transformers import AutoTokenizer
+
+    model, folder = saved(tmp / "model", "qwen2_tied", initializer_range=initializer_range)
+    if kind == "OnlineDPO":
+        from trl.experimental.online_dpo import OnlineDPOConfig as Config
+        from trl.experimental.online_dpo import OnlineDPOTrainer as Trainer
+
+        more = {"max_new_tokens": 8, "max_length": 64, "missing_eos_penalty": 1.0, **more}
+    else:
+        import trl
+
+        Trainer, Config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+    return Trainer(
+        model=model,
+        reward_funcs=liked,
+        args=settings(Config, tmp / "out", **more),
+        train_dataset=dataset(),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=peft_config,
+    )
+
+
+def metric(trained: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trained.state.log_history if name in entry]
