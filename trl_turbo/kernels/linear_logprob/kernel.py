@@ -105,6 +105,7 @@ def _sweep(
     HAS_ACC: tl.constexpr,
     EVEN: tl.constexpr,
     CLAMP: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The sums of a row, shifted by `anchor`. Each lane keeps its own until the end: a reduction a block is a barrier."""
@@ -114,7 +115,8 @@ def _sweep(
     logits = tl.zeros((BLOCK,), tl.float32)
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
     before = tl.full((BLOCK,), -float("inf"), tl.float32)
-    slope_2 = slope * _LOG2E  # in powers of 2, so that scale and shift are one instruction
+    # In powers of 2 scale and shift are one instruction, whose 1e-7 of the anchor float32 logits would notice
+    slope_2 = slope * _LOG2E
     anchor_2 = anchor * _LOG2E
     ahead = _raw(tile_row_ptr, 0, n_columns, EVEN, BLOCK)
     for start in range(0, n_columns, BLOCK):
@@ -135,8 +137,12 @@ def _sweep(
             EVEN,
             BLOCK,
         )
-        shifted = x * slope_2 - anchor_2
-        e = _exp2(shifted)
+        if EXACT:
+            shifted = x * slope - anchor
+            e = tl.exp(shifted)
+        else:
+            shifted = x * slope_2 - anchor_2
+            e = _exp2(shifted)
         sums += e
         if HAS_ENTROPY:
             if CLAMP:
@@ -160,7 +166,7 @@ def _sweep(
             top = tl.maximum(top, x)
     return (
         tl.sum(sums, axis=0),
-        tl.sum(shifted_sums, axis=0) * _LN2,
+        tl.sum(shifted_sums, axis=0) * (1.0 if EXACT else _LN2),
         tl.sum(squares, axis=0),
         tl.sum(logits, axis=0),
         tl.max(top, axis=0),
@@ -195,6 +201,7 @@ def _fold_kernel(
     HAS_ACC: tl.constexpr,
     EVEN: tl.constexpr,
     CLAMP: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # Instructions bound this pass before memory does: with masks, two scalings and a comparison for the target on every
@@ -282,6 +289,7 @@ def _fold_kernel(
         HAS_ACC,
         EVEN,
         CLAMP,
+        EXACT,
         BLOCK,
     )
     if not HAS_ACC:
@@ -309,6 +317,7 @@ def _fold_kernel(
                 HAS_ACC,
                 EVEN,
                 CLAMP,
+                EXACT,
                 BLOCK,
             )
         # From the guess to the maximum
@@ -414,6 +423,7 @@ def _grad_kernel(
     HAS_GRAD_LOGPS: tl.constexpr,
     HAS_GRAD_ENTROPY: tl.constexpr,
     EVEN: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -446,6 +456,8 @@ def _grad_kernel(
     if HAS_SOFTCAP:
         z = _capped(x, logit_scale, softcap, inv_temperature)
         log2_p = (z - logsumexp) * _LOG2E
+    elif EXACT:
+        log2_p = (x * slope - logsumexp) * _LOG2E
     else:
         log2_p = x * (slope * _LOG2E) - logsumexp * _LOG2E
     p = _exp2(log2_p)
@@ -519,8 +531,10 @@ def fold(
         EVEN=w % block == 0,
         # Where -inf can be: outside of the tile, from a bias, from float16
         CLAMP=w % block != 0 or bias is not None or tile.dtype == torch.float16,
+        EXACT=tile.dtype == torch.float32,
         BLOCK=block,
         num_warps=_FOLD_WARPS,
+        enable_fp_fusion=tile.dtype != torch.float32,
     )
 
 
@@ -595,6 +609,8 @@ def grad_tile(
         HAS_GRAD_LOGPS=grad_logps is not None,
         HAS_GRAD_ENTROPY=grad_entropy is not None,
         EVEN=w % block == 0,
+        EXACT=tile.dtype == torch.float32,
         BLOCK=block,
         num_warps=_GRAD_WARPS,
+        enable_fp_fusion=tile.dtype != torch.float32,
     )
