@@ -54,6 +54,7 @@ def head_logprob(
             f"hidden must be [N, H], and its shape is {list(hidden.shape)}; flatten batch and sequence first."
         )
     checks.check_targets_shape(hidden.shape[0], targets.device, targets)
+    targets = targets.contiguous()  # the kernels read them by row
     budget = byte_budget or 256 * plan.MIB
     dtype = torch.get_autocast_dtype(hidden.device.type)
     if not torch.is_autocast_enabled(hidden.device.type):

@@ -25,6 +25,8 @@ _REACH = tl.constexpr(30.0)
 
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E_F = tl.constexpr(1.44269502162933349609375)  # log2(e) in float32, and the rest of it
+_LOG2E_REST = tl.constexpr(1.92596299112661746887e-8)
 _LN2 = tl.constexpr(0.6931471805599453)
 # NVIDIA's own instruction, where there is a compiler for it (not in the interpreter, not on AMD)
 _PTX = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"))
@@ -37,6 +39,14 @@ def _exp2(x):
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
         return tl.exp2(x)
+
+
+@triton.jit
+def _exp(x):
+    """e^x with what x log2(e) loses to rounding put back: at x = -20 that is 1e-6 of the result."""
+    t = x * _LOG2E
+    lost = tl.fma(x, _LOG2E_F, -t) + x * _LOG2E_REST
+    return tl.where(t > -125.0, _exp2(t) * (1.0 + lost * _LN2), _exp2(t))
 
 
 @triton.jit
@@ -139,7 +149,7 @@ def _sweep(
         )
         if EXACT:
             shifted = x * slope - anchor
-            e = tl.exp(shifted)
+            e = _exp(shifted)
         else:
             shifted = x * slope_2 - anchor_2
             e = _exp2(shifted)
@@ -456,11 +466,13 @@ def _grad_kernel(
     if HAS_SOFTCAP:
         z = _capped(x, logit_scale, softcap, inv_temperature)
         log2_p = (z - logsumexp) * _LOG2E
-    elif EXACT:
-        log2_p = (x * slope - logsumexp) * _LOG2E
     else:
         log2_p = x * (slope * _LOG2E) - logsumexp * _LOG2E
-    p = _exp2(log2_p)
+    if EXACT and not HAS_SOFTCAP:
+        p = _exp(x * slope - logsumexp)
+        log2_p = (x * slope - logsumexp) * _LOG2E
+    else:
+        p = _exp2(log2_p)
     if HAS_GRAD_ENTROPY:
         grad = p * (flat + (steep * _LN2) * tl.maximum(log2_p, _FLOOR))
     else:

@@ -86,6 +86,7 @@ def linear_logprob(
     spec = make_spec(temperature, softcap, logit_scale, outputs, entropy_grad, byte_budget, compute_dtype)
     if check_targets or (check_targets is None and device == "cpu"):
         checks.check_targets_range(targets, weight.shape[0])
+    targets = targets.contiguous()  # the kernels read them by row
     a, b = (None, None) if low_rank is None else low_rank
     inputs = (hidden, weight, bias, a, b)
     wanted = "logps" in spec.outputs or spec.entropy_grad
