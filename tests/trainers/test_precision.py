@@ -17,6 +17,9 @@ pytestmark = pytest.mark.trl
 
 LOADED_LOW = {"model_init_kwargs": {"dtype": "bfloat16"}}
 KL = {"GRPO": {"beta": 0.1}, "RLOO": {"beta": 0.1}}
+# Rounded to bf16 a ratio next to its clipping bound falls on either side, and both are right: bounds that nothing reaches
+UNCLIPPED = {"beta": 0.1, "epsilon": 0.99, "epsilon_high": 100.0}
+SMOOTH = {"GRPO": UNCLIPPED, "RLOO": UNCLIPPED}
 TRAINERS = ["GRPO", "RLOO", "DPO", "OnlineDPO"]
 
 
@@ -28,23 +31,23 @@ def low(path: str) -> Any:
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_autocast(trainer: str, late: bool) -> None:
     """The reference model is prepared inside `__init__`, the policy by `train()`: both score under autocast."""
-    path = check(Case(trainer, {"bf16": True, "max_steps": 2, **KL.get(trainer, {})}, dtype=torch.bfloat16), late=late)
+    path = check(Case(trainer, {"bf16": True, "max_steps": 2, **SMOOTH.get(trainer, {})}, dtype=torch.bfloat16), late=late)
     assert {call.grad for call in path.kernel} == {True, False}, "policy and reference were not both scored"
     assert all(call.autocast or call.dtype == torch.bfloat16 for call in path.kernel)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_autocast_with_lora(trainer: str) -> None:
-    check(Case(trainer, {"bf16": True, "max_steps": 2, **KL.get(trainer, {})}, dtype=torch.bfloat16, peft=lora()))
+    check(Case(trainer, {"bf16": True, "max_steps": 2, **SMOOTH.get(trainer, {})}, dtype=torch.bfloat16, peft=lora()))
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_bf16_weights(trainer: str) -> None:
-    check(Case(trainer, {"max_steps": 2, **KL.get(trainer, {})}, dtype=torch.bfloat16, model=low))
+    check(Case(trainer, {"max_steps": 2, **SMOOTH.get(trainer, {})}, dtype=torch.bfloat16, model=low))
 
 
 def test_bf16_weights_under_an_fp32_head() -> None:
-    options = {"max_steps": 2, "cast_lm_head_to_fp32": True, "beta": 0.1, **LOADED_LOW}
+    options = {"max_steps": 2, "cast_lm_head_to_fp32": True, **UNCLIPPED, **LOADED_LOW}
     check(Case("GRPO", options, family="qwen2-untied", dtype=torch.bfloat16))
 
 

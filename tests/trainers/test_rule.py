@@ -33,12 +33,12 @@ def hotter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def one_left_out(original: Callable[..., Any]) -> Callable[..., Any]:
-    """One token too many masked, in every pass."""
+    """One position in seven masked, in every pass (TRL's own fused head asks about prompts as well on the CPU)."""
 
     def linear_logprob(*args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
         kept = torch.ones_like(found.logps)
-        kept[len(kept) // 2] = 0
+        kept[::7] = 0
         return found._replace(logps=found.logps * kept)
 
     return linear_logprob
@@ -63,11 +63,20 @@ def entropy_off(original: Callable[..., Any]) -> Callable[..., Any]:
     return linear_logprob
 
 
-@pytest.mark.parametrize("error", [hotter, one_left_out, gradient_off, entropy_off])
-@pytest.mark.parametrize("case", [GRPO, DPO, ODPO], ids=["GRPO", "DPO", "OnlineDPO"])
-def test_planted_error_is_caught(case: Case, error: Callable[..., Any]) -> None:
-    if case is ODPO and error is entropy_off:
-        pytest.skip("OnlineDPO asks for no entropy")
+PLANTED = {"GRPO": GRPO, "DPO": DPO, "OnlineDPO": ODPO}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "error"),
+    [
+        (trainer, error)
+        for trainer in PLANTED
+        for error in (hotter, one_left_out, gradient_off, entropy_off)
+        if (trainer, error) != ("OnlineDPO", entropy_off)  # which asks for no entropy
+    ],
+)
+def test_planted_error_is_caught(trainer: str, error: Callable[..., Any]) -> None:
+    case = PLANTED[trainer]
     plain, *perturbed = stock(case)
     with patched():
         modules = [module for module in (forward, fused_head) if hasattr(module, "linear_logprob")]
