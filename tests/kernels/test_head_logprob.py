@@ -11,7 +11,9 @@ from trl_turbo.kernels.linear_logprob.reference import excess_error, reference_s
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]),
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+    ),
 ]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 N, V, H = 53, 301, 16

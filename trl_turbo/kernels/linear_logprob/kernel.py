@@ -418,7 +418,8 @@ def _grad_kernel(
     tile_stride,
     bias_ptr,  # [w]
     targets_ptr,  # [n] int64
-    logsumexp_ptr,  # [n] float32
+    norm_ptr,  # [2, n] float32: maximum, log of the sum
+    norm_stride,
     entropy_ptr,  # [n] float32
     grad_logps_ptr,  # [n] float32
     grad_entropy_ptr,  # [n] float32
@@ -440,7 +441,8 @@ def _grad_kernel(
     start = tl.program_id(1) * BLOCK
     columns = start + tl.arange(0, BLOCK)
     tile_row_ptr = tile_ptr + row * tile_stride
-    logsumexp = tl.load(logsumexp_ptr + row)
+    m = tl.load(norm_ptr + row)
+    log_sum = tl.load(norm_ptr + norm_stride + row)
     # grad / slope = 1[target] g - p (g + g_entropy (log p + entropy)), the latter as p (flat + steep log p)
     flat = 0.0
     if HAS_GRAD_LOGPS:
@@ -465,13 +467,14 @@ def _grad_kernel(
             x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         z = _capped(x, logit_scale, softcap, inv_temperature)
-        log2_p = (z - logsumexp) * _LOG2E
+        log2_p = (z - m - log_sum) * _LOG2E
+        p = _exp2(log2_p)
+    elif EXACT:
+        log_p = x * slope - m - log_sum
+        log2_p = log_p * _LOG2E
+        p = _exp(log_p)
     else:
-        log2_p = x * (slope * _LOG2E) - logsumexp * _LOG2E
-    if EXACT and not HAS_SOFTCAP:
-        p = _exp(x * slope - logsumexp)
-        log2_p = (x * slope - logsumexp) * _LOG2E
-    else:
+        log2_p = x * (slope * _LOG2E) - (m + log_sum) * _LOG2E
         p = _exp2(log2_p)
     if HAS_GRAD_ENTROPY:
         grad = p * (flat + (steep * _LN2) * tl.maximum(log2_p, _FLOOR))
@@ -493,7 +496,7 @@ def _grad_kernel(
         else:
             z = target * slope
             bend = 1.0
-        log_p = z - logsumexp
+        log_p = z - m - log_sum
         grad = g * slope + tl.exp(log_p) * flat
         if HAS_GRAD_ENTROPY:
             grad += tl.exp(log_p) * steep * tl.maximum(log_p, _FLOOR)
@@ -587,7 +590,7 @@ def grad_tile(
     tile: torch.Tensor,  # [n, w]
     bias: torch.Tensor | None,  # [w]
     targets: torch.Tensor,  # [n]
-    logsumexp: torch.Tensor,  # [n]
+    norm: torch.Tensor,  # [2, n]
     entropy: torch.Tensor | None,  # [n]
     grad_logps: torch.Tensor | None,  # [n]
     grad_entropy: torch.Tensor | None,  # [n]
@@ -606,10 +609,11 @@ def grad_tile(
         tile.stride(0),
         tile if bias is None else bias,
         targets,
-        logsumexp,
-        logsumexp if entropy is None else entropy,
-        logsumexp if grad_logps is None else grad_logps,
-        logsumexp if grad_entropy is None else grad_entropy,
+        norm,
+        norm.stride(0),
+        norm if entropy is None else entropy,
+        norm if grad_logps is None else grad_logps,
+        norm if grad_entropy is None else grad_entropy,
         vocab_start,
         w,
         transform.slope,
