@@ -30,8 +30,6 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _quick_collections() -> Iterator[None]:
     # accelerate collects garbage in every run, which takes ten times the run itself while torch's modules are searched
-    import torch
-    import transformers
     import trl  # noqa: F401
 
     gc.collect()

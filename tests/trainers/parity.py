@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +18,23 @@ from trl_turbo.patches.logprob import forward, fused_head
 from trl_turbo.patches.logprob.request import Request, entropy_has_gradient
 
 from .models import VARIANTS
-from .rule import Outcome, assert_same
-from .runs import Case, run
+from .rule import Outcome, assert_identical, assert_same
+from .runs import Case, build, run, train
+
+# From 1.15 on GRPO, RLOO and DPO score through a fused head of TRL's own
+TRL_HAS_FUSED_HEAD = hasattr(importlib.import_module("trl.trainer.grpo_trainer"), "add_fused_lm_head")
 
 _STOCK: WeakKeyDictionary[Case, tuple[Outcome, ...]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the kernel: what it was asked, and in which state."""
+
+    dtype: torch.dtype
+    autocast: bool
+    grad: bool
+    arguments: dict[str, Any]
 
 
 @dataclass
@@ -29,13 +43,13 @@ class Path:
 
     Attributes:
         requests: Every scoring pass that was asked for, in order.
-        kernel: The call of the kernel for each head, as keyword arguments.
+        kernel: Every call of the kernel.
         through_head: How often a head was scored by calling it, a few rows at a time.
         notes: What the report says about it.
     """
 
     requests: list[Request] = field(default_factory=list)
-    kernel: list[dict[str, Any]] = field(default_factory=list)
+    kernel: list[Call] = field(default_factory=list)
     through_head: int = 0
     notes: tuple[str, ...] = ()
 
@@ -63,9 +77,10 @@ def patched(**features: bool) -> Iterator[Path]:
     path = Path()
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:
-        def linear_logprob(*args: Any, **kwargs: Any) -> Any:
-            path.kernel.append(kwargs)
-            return original(*args, **kwargs)
+        def linear_logprob(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            autocast = torch.is_autocast_enabled(hidden.device.type)
+            path.kernel.append(Call(hidden.dtype, autocast, torch.is_grad_enabled(), kwargs))
+            return original(hidden, *args, **kwargs)
 
         return linear_logprob
 
@@ -107,12 +122,71 @@ def stock(case: Case) -> tuple[Outcome, ...]:
     return _STOCK[case]
 
 
-def check(case: Case, notes: tuple[str, ...] = ()) -> Path:
-    """Assert that a patched run equals stock by the rule and took our path, with these notes in the report."""
+def check(case: Case, notes: tuple[str, ...] = (), *, late: bool = False) -> Path:
+    """Assert that a patched run equals stock by the rule and took our path, with these notes in the report.
+
+    Args:
+        case: What to train.
+        notes: A part of each note.
+        late: Whether `patch()` comes after the trainer was constructed.
+    """
     skip_unless_known(case)
     plain, *perturbed = stock(case)
+    trainer = build(case) if late else None
     with patched() as path:
-        ours = run(case)
+        ours = train(trainer or build(case))
     path.assert_ours(notes)
     assert_same(plain, ours, perturbed, case.dtype)
     return path
+
+
+def check_kept(case: Case, note: str) -> None:
+    """Assert that a patched run is stock's, bit for bit, on TRL's own path, and that the report says why."""
+    skip_unless_known(case)
+    plain = stock(case)[0]
+    with patched() as path:
+        ours = run(case)
+    assert any(note in text and "TRL's own path" in text for text in path.notes), path.notes
+    assert not path.kernel
+    assert not path.through_head
+    assert_identical(plain, ours)
+
+
+def check_against_plain_torch(case: Case) -> Path:
+    """As `check`, for what stock refuses: the yardstick is our own seam with plain torch in the kernel's place."""
+    skip_unless_known(case)
+
+    def plainly(variant: str) -> Outcome:
+        with patched(), replaced.object(forward, "_statistics", plain_statistics):
+            return run(case, variant)
+
+    plain, *perturbed = map(plainly, VARIANTS)
+    with patched() as path:
+        ours = run(case)
+    path.assert_ours()
+    assert_same(plain, ours, perturbed, case.dtype)
+    return path
+
+
+def plain_statistics(
+    head: Any, module: Any, pending: Any, targets: torch.Tensor, request: Request
+) -> dict[str, torch.Tensor]:
+    """`forward._statistics` with all logits in memory, made by calling the head as the model does."""
+    logits = module(pending.hidden).float() * pending.logit_scale / request.temperature
+    assert pending.softcap is None
+    log_p = logits.log_softmax(-1)
+    mask = targets != -100
+    chosen = targets.clamp(min=0)
+    answers = {
+        "logps": lambda: log_p.gather(-1, chosen.unsqueeze(-1)).squeeze(-1),
+        "entropy": lambda: -(log_p.exp() * log_p).sum(-1),
+        "logsumexp": lambda: logits.logsumexp(-1).detach(),
+        "logsumexp2": lambda: (2 * logits).logsumexp(-1).detach(),
+        "mean_logit": lambda: logits.mean(-1).detach(),
+        "top1": lambda: logits.argmax(-1) == chosen,
+    }
+    names = {"logps": "log_probs", "mean_logit": "mean_logits", "top1": "is_top1"}
+    found = {names.get(name, name): answers[name]().masked_fill(~mask, 0) for name in request.outputs}
+    if "entropy" in found and not request.entropy_grad:
+        found["entropy"] = found["entropy"].detach()
+    return {"targets": targets, "label_mask": mask, **found}

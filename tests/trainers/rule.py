@@ -68,9 +68,10 @@ def ulp(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def gaps(
-    stock: Outcome, patched: Outcome, perturbed: Sequence[Outcome], dtype: torch.dtype = torch.float32
-) -> list[Gap]:
+Perturbed = Sequence[Outcome]
+
+
+def gaps(stock: Outcome, patched: Outcome, perturbed: Perturbed, dtype: torch.dtype = torch.float32) -> list[Gap]:
     """Every quantity's gap, the widest (relative to what is allowed) first."""
     floor = ROUNDINGS * ulp(dtype) / 2
     for other in (patched, *perturbed):
@@ -97,9 +98,7 @@ def broken(
     return [gap for gap in gaps(stock, patched, perturbed, dtype) if not gap.found <= gap.allowed]
 
 
-def assert_same(
-    stock: Outcome, patched: Outcome, perturbed: Sequence[Outcome], dtype: torch.dtype = torch.float32
-) -> None:
+def assert_same(stock: Outcome, patched: Outcome, perturbed: Perturbed, dtype: torch.dtype = torch.float32) -> None:
     wide = broken(stock, patched, perturbed, dtype)
     assert not wide, f"{len(wide)} quantities differ from stock: " + "; ".join(map(str, wide[:8]))
 
@@ -115,17 +114,14 @@ def assert_identical(one: Outcome, other: Outcome) -> None:
 
 
 def _same_shape(one: Outcome, other: Outcome) -> None:
-    assert one.series.keys() == other.series.keys(), sorted(one.series.keys() ^ other.series.keys())
-    lengths = {name: (len(series), len(other.series[name])) for name, series in one.series.items()}
-    assert all(a == b for a, b in lengths.values()), {
-        name: pair for name, pair in lengths.items() if pair[0] != pair[1]
-    }
+    """Both runs logged the same metrics, as often, and trained the same tensors."""
+    shapes = [{k: len(v) for k, v in run.series.items()} for run in (one, other)]
+    odd = {name: [shape.get(name) for shape in shapes] for name in shapes[0].keys() | shapes[1].keys()}
+    assert shapes[0] == shapes[1], {name: pair for name, pair in odd.items() if pair[0] != pair[1]}
     assert one.tensors.keys() == other.tensors.keys()
     for group, tensors in one.tensors.items():
-        assert tensors.keys() == other.tensors[group].keys(), (
-            group,
-            sorted(tensors.keys() ^ other.tensors[group].keys()),
-        )
+        odd_ones = tensors.keys() ^ other.tensors[group].keys()
+        assert not odd_ones, f"{group} in one run alone: {sorted(odd_ones)}"
 
 
 def _farthest(one: Sequence[float], other: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PrinterCallback, set_seed
@@ -113,8 +115,16 @@ class Case:
         return f"TRL {trl.__version__}: {config.__name__} has no {', '.join(sorted(unknown))}" if unknown else ""
 
 
+def forget_precision() -> None:
+    """A run's mixed precision stays in the process: in accelerate's state, and with transformers 4 in the environment."""
+    if not torch.distributed.is_initialized():
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def build(case: Case, variant: str = "plain") -> Any:
     """The trainer, constructed and not yet trained."""
+    forget_precision()
     path = folder(case.family, variant, ulp(case.dtype))
     trainer_class, config_class = classes(case.trainer)
     known = inspect.signature(config_class).parameters

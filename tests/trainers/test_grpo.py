@@ -15,13 +15,8 @@ from .runs import Case
 pytestmark = pytest.mark.trl
 
 SOURCE = inspect.getsource(trl.GRPOTrainer)
-LOSS_TYPES = sorted(
-    {
-        name
-        for found in re.findall(r"loss_type (?:==|in) (\[[^]]*\]|\"\w+\")", SOURCE)
-        for name in re.findall(r"\w+", found)
-    }
-)
+NAMED = re.findall(r"loss_type (?:==|in) (\[[^]]*\]|\"\w+\")", SOURCE)
+LOSS_TYPES = sorted(set(re.findall(r"\w+", " ".join(NAMED))))
 OPTIONS: dict[str, dict[str, Any]] = {
     "sampled": {},
     "beta": {"beta": 0.1},

@@ -134,7 +134,7 @@ def compare(options: Options, console: Console) -> dict[str, object]:
     console.print(table)
     console.print(
         f"{WIDE_BATCH} answers of {WIDE_LENGTH} tokens over a vocabulary of {WIDE_VOCABULARY:,}, in fp32 on the CPU, "
-        "each in a process of its own. Peak memory: resident, less what Python with torch and TRL held before the script. "
+        "each in a process of its own. Peak memory: resident, less what Python, torch and TRL held before the script. "
         "Seconds a step: the median without the first, sampling included.",
         highlight=False,
     )

@@ -54,6 +54,7 @@ def head_logprob(
             f"hidden must be [N, H], and its shape is {list(hidden.shape)}; flatten batch and sequence first."
         )
     checks.check_targets_shape(hidden.shape[0], targets.device, targets)
+    targets = targets.contiguous()  # the kernels read them by row
     budget = byte_budget or 256 * plan.MIB
     dtype = torch.get_autocast_dtype(hidden.device.type)
     if not torch.is_autocast_enabled(hidden.device.type):
@@ -118,7 +119,7 @@ class _TileLogprob(torch.autograd.Function):
         n, vocab = logits.shape
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         stats = torch.empty((tiles.N_STATS, n), device=logits.device, dtype=dtype)
-        outputs = tuple({*spec.outputs, "logsumexp"})
+        outputs = spec.outputs
         ops = passes.backend(logits.device, logits.dtype)
         with passes.plain(logits.device):
             rows = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -126,7 +127,7 @@ class _TileLogprob(torch.autograd.Function):
                 ops.fold(rows[:, v0 : v0 + plan.COLUMNS], None, targets, stats, None, v0, spec.transform, outputs)
         answer = tiles.finish(stats, vocab, outputs)
         ctx.spec = spec
-        ctx.save_for_backward(logits, targets, answer.logsumexp, answer.entropy)
+        ctx.save_for_backward(logits, targets, tiles.norm_of(stats), answer.entropy)
         answer = LinearLogprobOutput(
             *(x if name in spec.outputs else None for name, x in zip(OUTPUTS, answer, strict=True))
         )
@@ -141,14 +142,14 @@ class _TileLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: None) -> Any:
         if grad_logps is None and grad_entropy is None:
             return None, None, None
-        logits, targets, logsumexp, entropy = ctx.saved_tensors
+        logits, targets, norm, entropy = ctx.saved_tensors
         grad_logps, grad_entropy = (
-            None if grad is None else grad.to(logsumexp.dtype).contiguous() for grad in (grad_logps, grad_entropy)
+            None if grad is None else grad.to(norm.dtype).contiguous() for grad in (grad_logps, grad_entropy)
         )
         grad = logits.clone(memory_format=torch.contiguous_format)  # kept whole, so that a second backward is right
         ops = passes.backend(logits.device, logits.dtype)
         with passes.plain(logits.device):
             for v0 in range(0, grad.shape[1], plan.COLUMNS):
                 tile = grad[:, v0 : v0 + plan.COLUMNS]
-                ops.grad_tile(tile, None, targets, logsumexp, entropy, grad_logps, grad_entropy, v0, ctx.spec.transform)
+                ops.grad_tile(tile, None, targets, norm, entropy, grad_logps, grad_entropy, v0, ctx.spec.transform)
         return grad, None, None

@@ -25,6 +25,8 @@ _REACH = tl.constexpr(30.0)
 
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E_F = tl.constexpr(1.44269502162933349609375)  # log2(e) in float32, and the rest of it
+_LOG2E_REST = tl.constexpr(1.92596299112661746887e-8)
 _LN2 = tl.constexpr(0.6931471805599453)
 # NVIDIA's own instruction, where there is a compiler for it (not in the interpreter, not on AMD)
 _PTX = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"))
@@ -37,6 +39,14 @@ def _exp2(x):
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
         return tl.exp2(x)
+
+
+@triton.jit
+def _exp(x):
+    """e^x with what x log2(e) loses to rounding put back: at x = -20 that is 1e-6 of the result."""
+    t = x * _LOG2E
+    lost = tl.fma(x, _LOG2E_F, -t) + x * _LOG2E_REST
+    return tl.where(t > -125.0, _exp2(t) * (1.0 + lost * _LN2), _exp2(t))
 
 
 @triton.jit
@@ -105,6 +115,7 @@ def _sweep(
     HAS_ACC: tl.constexpr,
     EVEN: tl.constexpr,
     CLAMP: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The sums of a row, shifted by `anchor`. Each lane keeps its own until the end: a reduction a block is a barrier."""
@@ -114,7 +125,8 @@ def _sweep(
     logits = tl.zeros((BLOCK,), tl.float32)
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
     before = tl.full((BLOCK,), -float("inf"), tl.float32)
-    slope_2 = slope * _LOG2E  # in powers of 2, so that scale and shift are one instruction
+    # In powers of 2 scale and shift are one instruction, whose 1e-7 of the anchor float32 logits would notice
+    slope_2 = slope * _LOG2E
     anchor_2 = anchor * _LOG2E
     ahead = _raw(tile_row_ptr, 0, n_columns, EVEN, BLOCK)
     for start in range(0, n_columns, BLOCK):
@@ -135,8 +147,12 @@ def _sweep(
             EVEN,
             BLOCK,
         )
-        shifted = x * slope_2 - anchor_2
-        e = _exp2(shifted)
+        if EXACT:
+            shifted = x * slope - anchor
+            e = _exp(shifted)
+        else:
+            shifted = x * slope_2 - anchor_2
+            e = _exp2(shifted)
         sums += e
         if HAS_ENTROPY:
             if CLAMP:
@@ -160,7 +176,7 @@ def _sweep(
             top = tl.maximum(top, x)
     return (
         tl.sum(sums, axis=0),
-        tl.sum(shifted_sums, axis=0) * _LN2,
+        tl.sum(shifted_sums, axis=0) * (1.0 if EXACT else _LN2),
         tl.sum(squares, axis=0),
         tl.sum(logits, axis=0),
         tl.max(top, axis=0),
@@ -195,6 +211,7 @@ def _fold_kernel(
     HAS_ACC: tl.constexpr,
     EVEN: tl.constexpr,
     CLAMP: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # Instructions bound this pass before memory does: with masks, two scalings and a comparison for the target on every
@@ -282,6 +299,7 @@ def _fold_kernel(
         HAS_ACC,
         EVEN,
         CLAMP,
+        EXACT,
         BLOCK,
     )
     if not HAS_ACC:
@@ -309,6 +327,7 @@ def _fold_kernel(
                 HAS_ACC,
                 EVEN,
                 CLAMP,
+                EXACT,
                 BLOCK,
             )
         # From the guess to the maximum
@@ -399,7 +418,8 @@ def _grad_kernel(
     tile_stride,
     bias_ptr,  # [w]
     targets_ptr,  # [n] int64
-    logsumexp_ptr,  # [n] float32
+    norm_ptr,  # [2, n] float32: maximum, log of the sum
+    norm_stride,
     entropy_ptr,  # [n] float32
     grad_logps_ptr,  # [n] float32
     grad_entropy_ptr,  # [n] float32
@@ -414,13 +434,15 @@ def _grad_kernel(
     HAS_GRAD_LOGPS: tl.constexpr,
     HAS_GRAD_ENTROPY: tl.constexpr,
     EVEN: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     columns = start + tl.arange(0, BLOCK)
     tile_row_ptr = tile_ptr + row * tile_stride
-    logsumexp = tl.load(logsumexp_ptr + row)
+    m = tl.load(norm_ptr + row)
+    log_sum = tl.load(norm_ptr + norm_stride + row)
     # grad / slope = 1[target] g - p (g + g_entropy (log p + entropy)), the latter as p (flat + steep log p)
     flat = 0.0
     if HAS_GRAD_LOGPS:
@@ -445,10 +467,15 @@ def _grad_kernel(
             x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         z = _capped(x, logit_scale, softcap, inv_temperature)
-        log2_p = (z - logsumexp) * _LOG2E
+        log2_p = (z - m - log_sum) * _LOG2E
+        p = _exp2(log2_p)
+    elif EXACT:
+        log_p = x * slope - m - log_sum
+        log2_p = log_p * _LOG2E
+        p = _exp(log_p)
     else:
-        log2_p = x * (slope * _LOG2E) - logsumexp * _LOG2E
-    p = _exp2(log2_p)
+        log2_p = x * (slope * _LOG2E) - (m + log_sum) * _LOG2E
+        p = _exp2(log2_p)
     if HAS_GRAD_ENTROPY:
         grad = p * (flat + (steep * _LN2) * tl.maximum(log2_p, _FLOOR))
     else:
@@ -469,7 +496,7 @@ def _grad_kernel(
         else:
             z = target * slope
             bend = 1.0
-        log_p = z - logsumexp
+        log_p = z - m - log_sum
         grad = g * slope + tl.exp(log_p) * flat
         if HAS_GRAD_ENTROPY:
             grad += tl.exp(log_p) * steep * tl.maximum(log_p, _FLOOR)
@@ -519,8 +546,10 @@ def fold(
         EVEN=w % block == 0,
         # Where -inf can be: outside of the tile, from a bias, from float16
         CLAMP=w % block != 0 or bias is not None or tile.dtype == torch.float16,
+        EXACT=tile.dtype == torch.float32,
         BLOCK=block,
         num_warps=_FOLD_WARPS,
+        enable_fp_fusion=tile.dtype != torch.float32,
     )
 
 
@@ -561,7 +590,7 @@ def grad_tile(
     tile: torch.Tensor,  # [n, w]
     bias: torch.Tensor | None,  # [w]
     targets: torch.Tensor,  # [n]
-    logsumexp: torch.Tensor,  # [n]
+    norm: torch.Tensor,  # [2, n]
     entropy: torch.Tensor | None,  # [n]
     grad_logps: torch.Tensor | None,  # [n]
     grad_entropy: torch.Tensor | None,  # [n]
@@ -580,10 +609,11 @@ def grad_tile(
         tile.stride(0),
         tile if bias is None else bias,
         targets,
-        logsumexp,
-        logsumexp if entropy is None else entropy,
-        logsumexp if grad_logps is None else grad_logps,
-        logsumexp if grad_entropy is None else grad_entropy,
+        norm,
+        norm.stride(0),
+        norm if entropy is None else entropy,
+        norm if grad_logps is None else grad_logps,
+        norm if grad_entropy is None else grad_entropy,
         vocab_start,
         w,
         transform.slope,
@@ -595,6 +625,8 @@ def grad_tile(
         HAS_GRAD_LOGPS=grad_logps is not None,
         HAS_GRAD_ENTROPY=grad_entropy is not None,
         EVEN=w % block == 0,
+        EXACT=tile.dtype == torch.float32,
         BLOCK=block,
         num_warps=_GRAD_WARPS,
+        enable_fp_fusion=tile.dtype != torch.float32,
     )

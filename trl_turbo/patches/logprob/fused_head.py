@@ -1,7 +1,7 @@
 """TRL 1.15 and later: its trainers call a fused head of TRL's own, through one global.
 
-Ours takes that global's place where it measures faster (`docs/benchmarks.md`): on CUDA, with a frozen head whose
-entropy carries no gradient. Everywhere else TRL's own function is called, as it was.
+Ours takes that global's place where it measures faster (`docs/benchmarks.md`): on CUDA, with a frozen or a trained head,
+as long as no gradient flows through the entropy. Everywhere else TRL's own function is called, as it was.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _faster_of_both(original: Any) -> Any:
             logit_scale: float = 1.0,
             outputs: tuple[str, ...] = tuple(OUTPUTS)[1:],
         ) -> tuple[torch.Tensor | None, ...]:
-            if not measured_faster(hidden, weight, bias, outputs):
+            if not measured_faster(hidden, weight, outputs):
                 return original.apply(
                     hidden,
                     weight,
@@ -101,17 +101,12 @@ def _faster_of_both(original: Any) -> Any:
     return FusedLogProb
 
 
-def measured_faster(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outputs: tuple[str, ...]
-) -> bool:
+def measured_faster(hidden: torch.Tensor, weight: torch.Tensor, outputs: tuple[str, ...]) -> bool:
     """Whether our kernel is the faster one for this call, by the committed benchmark."""
     if hidden.device.type != "cuda" or hasattr(weight, "ds_id"):
         return False
-    if not torch.is_grad_enabled():
-        return True
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return False
-    return "entropy" not in outputs or not entropy_has_gradient()
+    # A gradient through the entropy costs us a recomputation too, and was not measured
+    return not torch.is_grad_enabled() or "entropy" not in outputs or not entropy_has_gradient()
 
 
 # The trainers of TRL >= 1.15 ---------------------------------------------------------------------------------------

@@ -8,9 +8,21 @@ from typing import Any
 
 import torch
 
-from trl_turbo.patches.logprob.pending import ADVICE, UnsupportedLogitsOp, scalar
+from trl_turbo.patches.logprob.pending import ADVICE, UnsupportedLogitsOp, refusing, scalar
 
 
+# What `cross_entropy` means where it is a mean over positions that all count
+_PLAIN_MEAN = {
+    "weight": None,
+    "size_average": None,
+    "ignore_index": -100,
+    "reduce": None,
+    "reduction": "mean",
+    "label_smoothing": 0.0,
+}
+
+
+@refusing("`logits.{}` needs the logits themselves, which are never made; " + ADVICE + ".")
 class ScoredLogits:
     """Logits of which only the statistics exist, for positions `[B, T]` and their known targets.
 
@@ -188,7 +200,8 @@ class ScoredLogits:
                 return first.log_softmax(dim)
             if func is torch.argmax:
                 return first.argmax(dim)
-            if func is torch.nn.functional.cross_entropy and len(args) == 2 and not kwargs:
+            # torch hands on the arguments that were not given too
+            if func is torch.nn.functional.cross_entropy and len(args) == 2 and kwargs.items() <= _PLAIN_MEAN.items():
                 return -first.log_probs_of(args[1]).mean()
         raise UnsupportedLogitsOp(
             f"`{getattr(func, '__name__', func)}` needs the logits themselves, which are never made; {ADVICE}."
