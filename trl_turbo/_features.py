@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 PREFIX = "TRL_TURBO"
+#: What a feature's keyword and variable take beside on and off; each is a way to be on.
+WORDS: dict[str, tuple[str, ...]] = {"rollout": ("script",)}
 #: Names that no feature may have: keywords of ``patch()`` and switches that mean something else.
 RESERVED = frozenset({"strict", "verbose", "plugins"})
 
@@ -16,10 +18,11 @@ _WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0
 
 @dataclass(frozen=True)
 class Switch:
-    """Whether one feature is on, and what says so where it is off."""
+    """Whether one feature is on, what says so where it is off, and in which of its ways it is on."""
 
     on: bool
     reason: str = ""
+    word: str = ""
 
 
 class Switches:
@@ -30,15 +33,17 @@ class Switches:
         environ: The environment.
 
     Raises:
-        TypeError: A keyword is neither a bool nor ``None``.
+        TypeError: A keyword is neither a bool nor ``None`` nor a word that the feature takes.
         ValueError: ``TRL_TURBO`` or ``TRL_TURBO_PLUGINS`` has a value that is neither on nor off.
     """
 
     def __init__(self, keywords: Mapping[str, Any], environ: Mapping[str, str]) -> None:
         for name, value in keywords.items():
-            if value is not None and not isinstance(value, bool):
-                raise TypeError(f"patch({name}={value!r}) is neither on nor off; pass True or False")
-        self.keywords: dict[str, bool] = {name: value for name, value in keywords.items() if value is not None}
+            if value is not None and not isinstance(value, bool) and value not in WORDS.get(name, ()):
+                others = "".join(f", or {word!r}" for word in WORDS.get(name, ()))
+                raise TypeError(f"patch({name}={value!r}) is neither on nor off; pass True or False{others}")
+        self.keywords: dict[str, bool] = {name: bool(value) for name, value in keywords.items() if value is not None}
+        self._words = {name: value for name, value in keywords.items() if isinstance(value, str)}
         self._named = tuple(keywords)
         self._environ = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
         self.everything = self._read(PREFIX) is not False
@@ -70,15 +75,17 @@ class Switches:
 
     def _switch(self, feature: str) -> Switch:
         variable = f"{PREFIX}_{feature.upper()}"
-        said = self._read(variable)
+        word = self._environ.get(variable, "").strip().lower()
+        word = word if word in WORDS.get(feature, ()) else ""
+        said = True if word else self._read(variable)
         if not self.everything:
             return Switch(False, f"{PREFIX}={self._environ[PREFIX]} in the environment turns everything off")
         if feature in self.keywords:
             on = self.keywords[feature]
-            return Switch(on, "" if on else f"turned off by patch({feature}=False)")
+            return Switch(on, "" if on else f"turned off by patch({feature}=False)", self._words.get(feature, ""))
         if said is False:
             return Switch(False, f"turned off by {variable}={self._environ[variable]} in the environment")
-        return Switch(True)
+        return Switch(True, word=word)
 
     def _read(self, variable: str) -> bool | None:
         text = self._environ.get(variable, "").strip()

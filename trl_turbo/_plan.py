@@ -100,7 +100,7 @@ def make(sources: Sources, switches: Switches) -> Plan:
     plugins = _load(sources, switches)
     found = {**_own_version(), **versions.reported()}
     early = {**dict.fromkeys(sources.features, True), **switches.keywords}
-    collected = plugins.patches(_env(found, {name: s.on for name, s in switches.resolve(early).items()}))
+    collected = plugins.patches(_env(found, switches.resolve(early)))
 
     features = frozenset(sources.features) | {patch.feature for patch, _ in collected}
     unknown = switches.unknown(features)
@@ -114,7 +114,7 @@ def make(sources: Sources, switches: Switches) -> Plan:
 
     asked = ask(switches, features)
     state = dict(asked.switches)
-    env = _env(found, {name: switch.on for name, switch in state.items()})
+    env = _env(found, state)
     intents = tuple(_intend(patch, source, state[patch.feature], env, plugins) for patch, source in collected)
     kernels: Any = None
     overrides: tuple[tuple[str, str, str, Callable[..., Any]], ...] = ()
@@ -142,10 +142,12 @@ def _own_version() -> dict[str, str | None]:
     return {"trl_turbo": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
 
 
-def _env(found: Mapping[str, str | None], features: Mapping[str, bool]) -> Any:
+def _env(found: Mapping[str, str | None], switches: Mapping[str, Switch]) -> Any:
     from trl_turbo.hookspecs import Env
 
-    return Env(dict(found), str(found["python"]), sys.platform, dict(features))
+    on = {name: switch.on for name, switch in switches.items()}
+    words = {name: switch.word for name, switch in switches.items() if switch.word}
+    return Env(dict(found), str(found["python"]), sys.platform, on, words)
 
 
 def _intend(patch: Patch, source: str, switch: Switch, env: Any, plugins: Plugins) -> Intent:
@@ -168,6 +170,6 @@ def _overrides(plugins: Plugins, ops: Iterable[str]) -> Iterable[tuple[str, str,
             yield op, device, dtype, function
 
 
-def switches_of(keywords: Mapping[str, bool | None]) -> Switches:
+def switches_of(keywords: Mapping[str, Any]) -> Switches:
     """Read the keywords and the environment of this moment."""
     return Switches(keywords, os.environ)

@@ -76,7 +76,7 @@ class Session:
         self._notes = NoteLog()
         self._last = Report()
 
-    def patch(self, *, strict: bool, verbose: bool | None, features: dict[str, bool | None]) -> Report:
+    def patch(self, *, strict: bool, verbose: bool | None, features: dict[str, Any]) -> Report:
         """Apply what is asked for; see :func:`trl_turbo.patch`."""
         switches = _plan.switches_of(features)
         changed = self._adopt(switches)

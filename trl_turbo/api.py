@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from trl_turbo.report import Report
@@ -13,7 +13,12 @@ __all__ = ["engine", "patch", "patch_trl", "status", "unpatch"]
 
 
 def patch(
-    *, strict: bool = False, verbose: bool | None = None, logprob: bool | None = None, **features: bool | None
+    *,
+    strict: bool = False,
+    verbose: bool | None = None,
+    logprob: bool | None = None,
+    rollout: bool | Literal["script"] | None = None,
+    **features: bool | None,
 ) -> Report:
     """Patch TRL in place. Call it anywhere in a script, before or after the imports.
 
@@ -25,6 +30,8 @@ def patch(
             later, raise from that import. What is turned off by a switch is no error.
         verbose: ``None`` logs one line to the logger ``trl_turbo``, ``True`` the table as well, ``False`` nothing.
         logprob: The fused log-prob in GRPO, RLOO, DPO, OnlineDPO and PPO.
+        rollout: Rollouts of GRPO, RLOO and OnlineDPO from a colocated vLLM that reads the trainer's own weights.
+            ``"script"`` says that the script's ``use_vllm`` decides whether there is one; so it does by default today.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default.
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
@@ -39,7 +46,7 @@ def patch(
     """
     from trl_turbo._process import session
 
-    return session.patch(strict=strict, verbose=verbose, features={"logprob": logprob, **features})
+    return session.patch(strict=strict, verbose=verbose, features={"logprob": logprob, "rollout": rollout, **features})
 
 
 patch_trl = patch

@@ -14,7 +14,7 @@ No hook runs inside a training step: all are called by ``patch()``, ``unpatch()`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -39,12 +39,14 @@ class Env:
         platform: ``sys.platform``.
         features: Whether each feature known so far is on. The features that plugins bring are complete in
             ``turbo_veto``; in ``turbo_patches`` only the built-in ones and the keywords of ``patch()`` are there.
+        words: In which of its ways a feature is on, for those that were given one, such as ``{"rollout": "script"}``.
     """
 
     versions: Mapping[str, str | None]
     python: str
     platform: str
     features: Mapping[str, bool]
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 @hookspec

@@ -92,6 +92,28 @@ def test_keyword_that_is_no_bool(value, new_session):
         new_session(features=("demo",)).patch(demo=value)
 
 
+def test_a_word_is_a_way_to_be_on(target, new_session, core, monkeypatch):
+    seen = []
+
+    class Plugin(core.Plugin):
+        @hookimpl
+        def turbo_patches(self, env):
+            seen.append((env.features["rollout"], dict(env.words)))
+            return super().turbo_patches(env)
+
+    session = new_session(Plugin(core.make_patch(target.name, "rollout.one", "rollout")), features=("rollout",))
+    assert session.patch(rollout="script")["rollout.one"].status == "pending"
+    monkeypatch.setenv("TRL_TURBO_ROLLOUT", "script")
+    session.patch(rollout=True)
+    session.patch()
+    monkeypatch.setenv("TRL_TURBO_ROLLOUT", "0")
+    assert session.patch()["rollout.one"].status == "off"
+    script = (True, {"rollout": "script"})
+    assert seen == [script, (True, {}), script, (False, {})]
+    with pytest.raises(TypeError, match="pass True or False, or 'script'"):
+        session.patch(rollout="vllm")
+
+
 def test_public_patch_names_its_features():
     with pytest.raises(TypeError, match="no feature 'logprop'; did you mean 'logprob'"):
         trl_turbo.patch(logprop=True)
