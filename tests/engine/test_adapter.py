@@ -130,6 +130,8 @@ def test_the_slot_is_pinned_and_no_file_is_read(tmp_path, turbo):
     llm = turbo(model)
     manager = llm.llm_engine.model_executor.driver_worker.model_runner.lora_manager
     assert manager.list_adapters() == {1}
+    wrapped = {name.rpartition(".")[2] for name in manager._adapter_manager.modules}
+    assert wrapped == {"qkv_proj"}  # no buffers and no products for what the adapter does not touch
     first = [t.a.data_ptr() for t in llm.shared.adapter._targets]
     for _ in range(3):
         by_vllm(llm, PROMPTS[:1], 2)

@@ -103,6 +103,26 @@ def test_a_log_that_grows_too_large_leaves_the_base_as_it_was():
     assert same(bits(layers), before)
 
 
+def test_an_error_halfway_leaves_the_base_as_it_was(monkeypatch):
+    monkeypatch.setattr(merged, "PIECE", 7 * 64)
+    layers = {"q": layer(50, 64, 8, torch.bfloat16, scale=0.002), "up": layer(50, 64, 8, torch.bfloat16, scale=0.002)}
+    before = bits(layers)
+    honest, calls = merged._fold, []
+
+    def out_of_memory(rows, delta):
+        calls.append(rows)
+        if len(calls) == 11:
+            raise MemoryError
+        return honest(rows, delta)
+
+    monkeypatch.setattr(merged, "_fold", out_of_memory)
+    fold = Fold(layers, "default")
+    with pytest.raises(MemoryError):
+        fold.fold()
+    assert not fold.folded
+    assert same(bits(layers), before)
+
+
 def test_a_second_fold_and_a_change_in_between_are_refused():
     layers = {"q": layer(48, 64, 8, torch.bfloat16, scale=0.002)}
     fold = Fold(layers, "default")

@@ -78,6 +78,22 @@ def test_grpo_with_an_adapter(trainer, patched, monkeypatch):
             assert torch.equal(parameter, frozen[name]), name
 
 
+def test_a_resumed_run_samples_from_the_weights_it_loaded(trainer, tmp_path, patched):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = {"peft_config": config, "learning_rate": 2e-2, "save_strategy": "steps", "save_steps": 2}
+    first = trainer("GRPO", max_steps=2, **settings)
+    first.train()
+    shut_down(engine_of(first))
+    again = trainer("GRPO", max_steps=4, **settings)
+    assert engine_of(again).shared is not None, engine_of(again).declined
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert again.state.global_step == 4
+    assert max(metric(again, GAP)) < 1e-3, metric(again, GAP)
+    lora = [p for n, p in again.model.named_parameters() if "lora_B" in n]
+    assert all(p.abs().sum() > 0 for p in lora)
+
+
 def test_control_without_a_push_the_log_probs_part(trainer, patched, monkeypatch):
     from trl_turbo.engine.adapter import ServedAdapter
 

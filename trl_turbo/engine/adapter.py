@@ -31,11 +31,19 @@ def llm_kwargs(model: Any) -> dict[str, Any]:
     name = active_adapter(model)
     if name is None:
         return {}
-    highest = max(layer.lora_A[name].weight.shape[0] for layer in adapter_layers(model, name).values())
+    layers = adapter_layers(model, name)
+    highest = max(layer.lora_A[name].weight.shape[0] for layer in layers.values())
     rank = next((r for r in RANKS if r >= highest), None)
     if rank is None:
         raise EngineDeclinedError(f"the adapter has rank {highest}, and vLLM serves up to {RANKS[-1]}")
-    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
+    kwargs: dict[str, Any] = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
+    from vllm.engine.arg_utils import EngineArgs
+
+    if (
+        "lora_target_modules" in EngineArgs.__dataclass_fields__
+    ):  # older ones wrap every linear, embeddings and the head
+        kwargs["lora_target_modules"] = sorted({layer.rpartition(".")[2] for layer in layers})
+    return kwargs
 
 
 @dataclass(frozen=True)

@@ -75,14 +75,18 @@ class Fold:
             raise RuntimeError("the adapter is in the base weights already; restore them before the next fold")
         total = 0
         self.log_bytes = 0
-        with _exact(self._device()):
-            for layer in self._layers.values():
-                pieces: list[_Piece] = []
-                self._folded.append((layer, pieces))
-                for rows, delta in self._deltas(layer):
-                    pieces.append(_fold(rows, delta))
-                    total += rows.numel() * rows.element_size()
-                    self.log_bytes += _nbytes(pieces[-1].index) + _nbytes(pieces[-1].bits)
+        try:
+            with _exact(self._device()):
+                for layer in self._layers.values():
+                    pieces: list[_Piece] = []
+                    self._folded.append((layer, pieces))
+                    for rows, delta in self._deltas(layer):
+                        pieces.append(_fold(rows, delta))
+                        total += _nbytes(rows)
+                        self.log_bytes += _nbytes(pieces[-1].index) + _nbytes(pieces[-1].bits)
+        except BaseException:
+            self.restore()  # such as out of memory: what was folded so far must not stay
+            raise
         if self.log_bytes > LOG_SHARE * total:
             share = self.log_bytes / total
             self.restore()
