@@ -44,7 +44,7 @@ def turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         from trl_turbo.engine.sizing import Work
 
         with serving(lambda: Trainee(model, None, work or Work(4, 16, 32))):
-            started.append(TurboLLM(**trl_arguments(model), **kwargs))
+            started.append(TurboLLM(**{**trl_arguments(model), **kwargs}))
         return started[-1]
 
     yield start
@@ -54,7 +54,9 @@ def turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def shut_down(llm) -> None:
     """End an engine now: one that is collected while the next starts takes that one's process groups with it."""
-    llm.llm_engine.engine_core.shutdown()
+    if not vars(llm).get("is_shut_down", False):
+        llm.is_shut_down = True
+        llm.llm_engine.engine_core.shutdown()
 
 
 def trl_arguments(model) -> dict[str, object]:

@@ -52,7 +52,7 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **co
         **config,
     }
     if name in ("qwen2", "phi3"):
-        settings["hidden_size"], settings["num_attention_heads"] = 128, 4
+        settings["hidden_size"], settings["num_attention_heads"] = config.get("hidden_size", 128), 4
         settings.pop("head_dim")
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config_class(**settings), dtype=dtype).eval()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 #: Rows are folded in pieces of this many elements, so that the temporaries in float32 stay small.
-PIECE = 1 << 22
+PIECE = 1 << 23
 #: The log may take this share of the folded weights' bytes; beyond, the adapter is better served unmerged.
 LOG_SHARE = 0.25
 _BITS = {2: torch.int16, 4: torch.int32}

@@ -1,0 +1,107 @@
+"""The engine on a GPU: CUDA graphs over shared weights, a cache that comes and goes, adapters served and merged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine.models import saved
+
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device: `tox run -e gpu` needs one", allow_module_level=True)
+pytest.importorskip("peft")
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def with_adapter(model):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=ALL))
+
+
+def prepared(folder, adapter):
+    model, _ = saved(
+        folder,
+        "qwen2_tied",
+        dtype=torch.bfloat16,
+        hidden_size=256,
+        intermediate_size=512,
+        initializer_range=0.05,
+        max_position_embeddings=1024,
+    )
+    model = model.cuda()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return (with_adapter(model) if adapter else model), frozen
+
+
+def step(model):
+    """An optimizer step's worth of change, in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def gap_of(llm):
+    return llm.shared.compare(llm._sample)
+
+
+def free():
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+@pytest.mark.parametrize("way", ["full", "served", "merged"])
+def test_an_engine_with_graphs_follows_training(way, tmp_path, turbo, monkeypatch):
+    from trl_turbo.engine.sizing import Work
+
+    monkeypatch.setenv("TRL_TURBO_ROLLOUT_ADAPTER", "served" if way == "full" else way)
+    model, frozen = prepared(tmp_path, adapter=way != "full")
+    llm = turbo(model, work=Work(4, 512, 256), kv_cache_memory_bytes=1 << 30)
+    assert llm.shared is not None, llm.declined
+    assert len(llm.shared.weights) == len(frozen)
+    report = llm.memory_report()
+    assert report.graph_bytes > 0
+    assert (report.lora_bytes > 0) == (way != "full")
+    before = gap_of(llm)
+    for _ in range(3):
+        step(model)
+        llm.refresh()
+        gap = gap_of(llm)
+        assert gap.reason is None, gap
+    if way == "served":
+        step(model)
+        assert gap_of(llm).mean > 3 * before.mean  # control: not pushed
+    if way == "merged":
+        base = {
+            n.removeprefix("base_model.model.").replace(".base_layer", ""): p
+            for n, p in model.named_parameters()
+            if "lora_" not in n
+        }
+        assert all(torch.equal(base[n], p) for n, p in frozen.items())
+
+
+def test_the_cache_goes_and_comes_back_and_the_weights_stay(tmp_path, turbo):
+    model, _ = prepared(tmp_path, adapter=False)
+    llm = turbo(model, kv_cache_memory_bytes=1 << 30)
+    assert llm.shared is not None, llm.declined
+    pointers = [p.data_ptr() for p in model.parameters()]
+    awake = free()
+    llm.sleep(level=2)
+    asleep = free()
+    assert asleep - awake > 0.9 * (1 << 30)
+    values = [p.detach().clone() for p in model.parameters()]
+    step(model)  # training goes on meanwhile
+    assert not all(torch.equal(p, v) for p, v in zip(model.parameters(), values, strict=True))
+    llm.wake_up(tags=["weights"])
+    assert free() - awake > 0.9 * (1 << 30)
+    llm.refresh()
+    gap = gap_of(llm)
+    assert gap.reason is None, gap
+    assert abs(free() - awake) < 0.1 * (1 << 30)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
