@@ -32,6 +32,8 @@ def patch(
         logprob: The fused log-prob in GRPO, RLOO, DPO, OnlineDPO and PPO.
         rollout: Rollouts of GRPO, RLOO and OnlineDPO from a colocated vLLM that reads the trainer's own weights.
             ``"script"`` says that the script's ``use_vllm`` decides whether there is one; so it does by default today.
+            ``TRL_TURBO_ROLLOUT_ADAPTER`` in the environment chooses how a LoRA adapter gets into them: ``merged``,
+            ``served``, or ``auto``, which merges into a 16-bit base.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default.
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.

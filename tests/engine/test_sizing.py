@@ -26,6 +26,13 @@ def test_the_cache_holds_the_work_and_little_more():
     assert made.notes == ()
 
 
+def test_a_long_prompt_fits_even_where_the_rollout_is_small():
+    made = plan(CONFIG, Work(2, 64), {}, itemsize=2)
+    assert made.kv_bytes >= (8192 + 64) * made.token_bytes
+    short = plan(CONFIG, Work(2, 64, 64), {"max_model_len": 128}, itemsize=2)
+    assert short.kv_bytes < 2 * 2 * 128 * made.token_bytes
+
+
 def test_what_the_script_set_wins():
     given = {"max_num_seqs": 4, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 28, "enable_prefix_caching": False}
     made = plan(CONFIG, Work(8, 4096, 128), {**given, "max_num_batched_tokens": None}, itemsize=2)

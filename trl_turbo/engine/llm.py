@@ -56,27 +56,25 @@ class TurboLLM(vllm.LLM):
         try:
             with start.loading():
                 super().__init__(*args, **start.llm_kwargs)
+            self._finish(start)
         except EngineDeclinedError:
             raise
         except Exception as error:
             raise EngineDeclinedError(start.failure(error)) from error
-        self.shared = self._finish(start)
 
-    def _finish(self, start: Start) -> SharedEngine:
-        shared = SharedEngine(start, self.llm_engine.model_executor.driver_worker)
-        self.shared = shared
-        reason = shared.compare(self._sample).reason
+    def _finish(self, start: Start) -> None:
+        self.shared = SharedEngine(start, self.llm_engine.model_executor.driver_worker)
+        reason = self.shared.compare(self._sample).reason
         if reason is not None:
             raise EngineDeclinedError(reason)
         self._reset()
         for sentence in start.notes:
             note("rollout", sentence)
-        return shared
 
     def _sample(self, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
         """Sample one answer at temperature 1: ids and their log-probs, [T]."""
         params = vllm.SamplingParams(
-            temperature=1.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False, seed=0
+            temperature=1.0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False, seed=0
         )
         output = self.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0]
         ids = list(output.token_ids)

@@ -9,6 +9,9 @@ _GIB = 1 << 30
 _BLOCK = 16  # tokens in one block of vLLM's KV cache; every sequence leaves part of its last one empty
 #: Tokens taken for a prompt where neither the script nor the trainer says how long prompts are.
 PROMPT_GUESS = 512
+#: The longest prompt that always fits, up to the model's own limit: a rollout of few short sequences must not make a
+#: cache that refuses one long prompt, where TRL's would take it.
+PROMPT_FLOOR = 8192
 #: TRL's own value: the batch of a prefill, which bounds vLLM's activations.
 MAX_BATCHED_TOKENS = 4096
 
@@ -78,6 +81,8 @@ def plan(
     longest = _longest(text, work, given)
     sequences = min(work.sequences, given.get("max_num_seqs") or work.sequences)
     tokens = sequences * (_up(longest, _BLOCK) + _BLOCK)
+    if _stated(given) is None:
+        tokens = max(tokens, _up(min(_limit(text), PROMPT_FLOOR + work.completion_tokens), _BLOCK) + 4 * _BLOCK)
     wanted = tokens * token_bytes
     wanted += wanted // 32  # vLLM keeps a null block, and groups layers of unlike attention in pages of one size
     least = (_up(longest, _BLOCK) + 4 * _BLOCK) * token_bytes
@@ -114,11 +119,21 @@ def kv_bytes_per_token(text_config: Any, itemsize: int) -> int:
 
 
 def _longest(text: Any, work: Work, given: dict[str, Any]) -> int:
-    limit = getattr(text, "max_position_embeddings", None) or 1 << 20
-    if given.get("max_model_len") and given["max_model_len"] > 0:
-        return int(given["max_model_len"])
+    stated = _stated(given)
+    if stated is not None:
+        return stated
     prompt = work.prompt_tokens if work.prompt_tokens is not None else PROMPT_GUESS
-    return int(min(limit, prompt + work.completion_tokens))
+    return min(_limit(text), prompt + work.completion_tokens)
+
+
+def _stated(given: dict[str, Any]) -> int | None:
+    """The longest sequence that the script set, if it did; vLLM's -1 leaves it open."""
+    length = given.get("max_model_len") or -1
+    return int(length) if length > 0 else None
+
+
+def _limit(text: Any) -> int:
+    return int(getattr(text, "max_position_embeddings", None) or 1 << 20)
 
 
 def _graphs(sequences: int, adapter: bool) -> dict[str, Any]:
