@@ -62,12 +62,8 @@ class Path:
             assert expected in note
 
 
-def cpu_counts_as_faster(hidden: Any, weight: Any, bias: Any, outputs: tuple[str, ...]) -> bool:
-    """Stands for `fused_head.measured_faster`, which keeps TRL's own fused head (1.15 and later) on the CPU.
-
-    With a trained head too, to compare that gradient; not where the entropy is differentiated, which ours is not asked
-    for there.
-    """
+def cpu_counts_as_faster(hidden: Any, weight: Any, outputs: tuple[str, ...]) -> bool:
+    """Stands for `fused_head.measured_faster`, which keeps TRL's own fused head (1.15 and later) on the CPU."""
     return not torch.is_grad_enabled() or "entropy" not in outputs or not entropy_has_gradient()
 
 
