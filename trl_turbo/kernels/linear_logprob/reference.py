@@ -69,9 +69,10 @@ def excess_error(
 ) -> float:
     """The error of `found` over what is allowed, where plain torch in the same dtype sets the measure; above 1 fails.
 
-    The root-mean-square error may exceed that of `plain` by `slack`; the largest one, which is a single element's luck, may
-    be twice as large. A floor of 16 units in the last place of float32 (float64), at the scale of the truth, covers what
-    plain torch happens to compute exactly. Small samples scatter: 37 rows by 24 features did by 40%, 256 by 64 by 5%.
+    The root-mean-square error may exceed that of `plain` by `slack`; the largest one, which is a single element's
+    luck, may be twice as large. A floor of 16 units in the last place of float32 (float64), at the scale of the
+    truth, covers what plain torch happens to compute exactly. Small samples scatter: 37 rows by 24 features did by
+    40%, 256 by 64 by 5%.
     """
     if truth.numel() == 0:
         return 0.0
