@@ -52,7 +52,7 @@ def linear_logprob(
         low_rank: `(a [N, R], b [V, R])`, a LoRA adapter on the head; `a` already carries dropout and scaling.
         outputs: some of `OUTPUTS`.
         entropy_grad: whether gradients flow through the entropy, which costs a recomputation of the logits.
-        byte_budget: what the tiles and their float32 sums may take at most; the default is 256 MiB without gradients and
+        byte_budget: what the tiles and their float32 sums may take at most; by default 256 MiB without gradients and
             less with them, see `plan`.
         check_targets: whether to check the targets' range; `None` does on the CPU alone.
 
