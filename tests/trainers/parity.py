@@ -68,8 +68,12 @@ def cpu_counts_as_faster(hidden: Any, weight: Any, outputs: tuple[str, ...]) -> 
 
 
 @contextmanager
-def patched(**features: bool) -> Iterator[Path]:
-    """Patch TRL, and watch what is scored by whom. On TRL >= 1.15 our kernel is used on the CPU as well."""
+def patched(*, everywhere: bool = True) -> Iterator[Path]:
+    """Patch TRL, and watch what is scored by whom.
+
+    Args:
+        everywhere: Whether our kernel is used on the CPU as well where TRL has a fused head of its own (1.15 and later).
+    """
     path = Path()
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,7 +94,7 @@ def patched(**features: bool) -> Iterator[Path]:
         path.through_head += 1
         return head_logprob(*args, **kwargs)
 
-    report = trl_turbo.patch(strict=True, verbose=False, **features)
+    report = trl_turbo.patch(strict=True, verbose=False)
     already = len(report.notes)
     try:
         with ExitStack() as stack:
@@ -98,7 +102,8 @@ def patched(**features: bool) -> Iterator[Path]:
                 stack.enter_context(replaced.object(module, "linear_logprob", counted(module.linear_logprob)))
             stack.enter_context(replaced.object(forward, "head_logprob", whole))
             stack.enter_context(replaced.object(Request, "__init__", remembered))
-            stack.enter_context(replaced.object(fused_head, "measured_faster", cpu_counts_as_faster))
+            if everywhere:
+                stack.enter_context(replaced.object(fused_head, "measured_faster", cpu_counts_as_faster))
             yield path
     finally:
         path.notes = tuple(note.text for note in report.notes[already:])

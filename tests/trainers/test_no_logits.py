@@ -76,7 +76,9 @@ def largest(case: Case) -> Largest:
     return seen
 
 
-@pytest.mark.parametrize("adapter", [None, lora(), lora(modules_to_save=["lm_head"])], ids=["full", "lora", "saved-head"])
+@pytest.mark.parametrize(
+    "adapter", [None, lora(), lora(modules_to_save=["lm_head"])], ids=["full", "lora", "saved-head"]
+)
 @pytest.mark.parametrize("trainer", OPTIONS)
 def test_none_is_made(trainer: str, adapter: Any) -> None:
     case = case_of(trainer, adapter)
