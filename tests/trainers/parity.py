@@ -72,7 +72,7 @@ def patched(*, everywhere: bool = True) -> Iterator[Path]:
     """Patch TRL, and watch what is scored by whom.
 
     Args:
-        everywhere: Whether our kernel is used on the CPU as well where TRL has a fused head of its own (1.15 and later).
+        everywhere: Whether our kernel is used on the CPU too where TRL has a fused head of its own (1.15 and later).
     """
     path = Path()
 

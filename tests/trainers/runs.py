@@ -116,7 +116,7 @@ class Case:
 
 
 def forget_precision() -> None:
-    """A run's mixed precision stays in the process: in accelerate's state, and with transformers 4 in the environment."""
+    """Mixed precision outlives a run: in accelerate's state, and with transformers 4 in the environment."""
     if not torch.distributed.is_initialized():
         os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
         AcceleratorState._reset_state(reset_partial_state=True)
