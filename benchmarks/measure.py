@@ -1,4 +1,6 @@
-"""Timing and memory on one device, for every benchmark: interleaved rounds, medians, and what is needed to repeat them."""
+"""Timing and memory on one device, for every benchmark: interleaved rounds, medians, and what is needed to repeat
+them.
+"""
 
 from __future__ import annotations
 

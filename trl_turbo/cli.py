@@ -38,7 +38,7 @@ def root(
     epilog="**Examples**: `trl-turbo demo` · `trl-turbo demo --steps 400 --out /tmp/demo` · `trl-turbo demo --stock`"
 )
 def demo(
-    steps: Annotated[int, typer.Option(min=6, help="GRPO steps.")] = 200,
+    steps: Annotated[int, typer.Option(min=6, help="GRPO steps.")] = 250,
     out: Annotated[Path, typer.Option(help="Folder for the model, the logs and the curve.")] = Path("trl-turbo-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the weights, the sums and the sampling.")] = 0,
     stock: Annotated[bool, typer.Option("--stock", help="Train without patch().")] = False,

@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels.linear_logprob --out benchmarks/results/linear_logprob
 
-Checks its own results first, by the rule of the tests: no further from float32 than plain torch in the same dtype. Writes
-OUT.json and OUT.png. Without a CUDA device it runs tiny sizes in float32, to show that it runs.
+Checks its own results first, by the rule of the tests: no further from float32 than plain torch in the same dtype.
+Writes OUT.json and OUT.png. Without a CUDA device it runs tiny sizes in float32, to show that it runs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ TEMPERATURE = 0.9
 CASES = ("frozen", "no_grad", "trained")
 # Products of [N, H] x [H, V] that the case cannot do without
 PRODUCTS = {"frozen": 2, "no_grad": 1, "trained": 4}
-# What a ratio is judged by: TRL's head, and the two of Liger's that give a gradient for each token's log-prob. Liger's mean
-# loss is shown beside them: it returns one number, takes no weight by token, and gives neither log-probs nor entropies.
+# What a ratio is judged by: TRL's head, and the two of Liger's that give a gradient for each token's log-prob.
+# Liger's mean loss is shown beside them: it returns one number, takes no weight by token, and gives neither log-probs
+# nor entropies.
 JUDGED = ("trl", "liger_none", "liger_grpo")
 BARS = {"frozen": 1.25, "no_grad": 1.0, "trained": 1.0}
 
@@ -154,7 +155,9 @@ def products(case: str, inputs: Inputs) -> Callable[[], object]:
 
 
 def shown(name: str, case: str, n: int) -> bool:
-    """Liger's mean loss has no like in the other cases; its GRPO head, 4 to 10 times slower, is timed on the small batch."""
+    """Liger's mean loss has no like in the other cases; its GRPO head, 4 to 10 times slower, is timed on the small
+    batch.
+    """
     return (name != "liger_mean" or case == "frozen") and (name != "liger_grpo" or n <= 8192)
 
 

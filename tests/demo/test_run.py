@@ -15,7 +15,13 @@ from trl_turbo.demo.run import Options, run
 @pytest.fixture
 def no_leftovers(monkeypatch: pytest.MonkeyPatch):
     """The demo is a program of its own: it patches and sets the environment for good."""
-    for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY", "TQDM_MININTERVAL"):
+    for name in (
+        "HF_HUB_OFFLINE",
+        "TOKENIZERS_PARALLELISM",
+        "OMP_NUM_THREADS",
+        "TRANSFORMERS_VERBOSITY",
+        "TQDM_MININTERVAL",
+    ):
         monkeypatch.setenv(name, "1" if name != "TRANSFORMERS_VERBOSITY" else "error")
     yield
     import trl_turbo

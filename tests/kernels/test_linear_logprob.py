@@ -197,7 +197,9 @@ def test_tied_weight_gets_both_gradients():
 @pytest.mark.parametrize("master", [torch.float32, None])
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=str)
 def test_autocast(device, dtype, master, needs):
-    """fp32 master weights under autocast, with fp32 or already low hidden states; gradients come back in their dtypes."""
+    """fp32 master weights under autocast, with fp32 or already low hidden states; gradients come back in their
+    dtypes.
+    """
     tensors, targets, grads = make(device, torch.float32, **FAIR)
     truth = {k: t.double().requires_grad_(k in needs) for k, t in tensors.items()}
     out = call(linear_logprob_reference, truth, targets, True, False)

@@ -1,5 +1,5 @@
-"""Each Triton kernel against its torch twin. Runs in a process of its own (`test_triton.py`), because Triton decides when
-it is imported whether it interprets (on the CPU) or compiles (on a GPU).
+"""Each Triton kernel against its torch twin. Runs in a process of its own (`test_triton.py`), because Triton decides
+when it is imported whether it interprets (on the CPU) or compiles (on a GPU).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def inputs(n: int, v: int, dtype: torch.dtype, seed: int = 0):
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
-    """Two orders of operations in float32, at logits near 30: p = exp(z - lse) moves by as many units. Then one rounding
-    to `dtype`, which may fall to either side.
+    """Two orders of operations in float32, at logits near 30: p = exp(z - lse) moves by as many units. Then one
+    rounding to `dtype`, which may fall to either side.
     """
     eps = torch.finfo(dtype).eps
     scale = wanted.float().nan_to_num(0, 0, 0).abs().amax().clamp(min=1.0).item()
@@ -98,8 +98,8 @@ def test_fold_with_sums_and_jacobian(dtype, transform, has_bias, n, v, width, h)
         out.append(jac[:, :h])
     found, wanted = out
     assert not found.isnan().any()
-    # A weight that rounds to the other side moves its product with the head (below 4) by a unit of `dtype`; logits near 20
-    # move every weight by 20 units of float32
+    # A weight that rounds to the other side moves its product with the head (below 4) by a unit of `dtype`; logits
+    # near 20 move every weight by 20 units of float32
     atol = 4 * (2 * torch.finfo(dtype).eps + 20 * torch.finfo(torch.float32).eps)
     torch.testing.assert_close(found.float(), wanted.float(), rtol=0, atol=atol)
 

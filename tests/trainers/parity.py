@@ -62,18 +62,18 @@ class Path:
             assert expected in note
 
 
-def cpu_counts_as_faster(hidden: Any, weight: Any, bias: Any, outputs: tuple[str, ...]) -> bool:
-    """Stands for `fused_head.measured_faster`, which keeps TRL's own fused head (1.15 and later) on the CPU.
-
-    With a trained head too, to compare that gradient; not where the entropy is differentiated, which ours is not asked
-    for there.
-    """
+def cpu_counts_as_faster(hidden: Any, weight: Any, outputs: tuple[str, ...]) -> bool:
+    """Stands for `fused_head.measured_faster`, which keeps TRL's own fused head (1.15 and later) on the CPU."""
     return not torch.is_grad_enabled() or "entropy" not in outputs or not entropy_has_gradient()
 
 
 @contextmanager
-def patched(**features: bool) -> Iterator[Path]:
-    """Patch TRL, and watch what is scored by whom. On TRL >= 1.15 our kernel is used on the CPU as well."""
+def patched(*, everywhere: bool = True) -> Iterator[Path]:
+    """Patch TRL, and watch what is scored by whom.
+
+    Args:
+        everywhere: Whether our kernel is used on the CPU too where TRL has a fused head of its own (1.15 and later).
+    """
     path = Path()
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +94,7 @@ def patched(**features: bool) -> Iterator[Path]:
         path.through_head += 1
         return head_logprob(*args, **kwargs)
 
-    report = trl_turbo.patch(strict=True, verbose=False, **features)
+    report = trl_turbo.patch(strict=True, verbose=False)
     already = len(report.notes)
     try:
         with ExitStack() as stack:
@@ -102,7 +102,8 @@ def patched(**features: bool) -> Iterator[Path]:
                 stack.enter_context(replaced.object(module, "linear_logprob", counted(module.linear_logprob)))
             stack.enter_context(replaced.object(forward, "head_logprob", whole))
             stack.enter_context(replaced.object(Request, "__init__", remembered))
-            stack.enter_context(replaced.object(fused_head, "measured_faster", cpu_counts_as_faster))
+            if everywhere:
+                stack.enter_context(replaced.object(fused_head, "measured_faster", cpu_counts_as_faster))
             yield path
     finally:
         path.notes = tuple(note.text for note in report.notes[already:])

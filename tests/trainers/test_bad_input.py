@@ -106,7 +106,7 @@ def test_model_that_is_not_understood(trainer: str, change: str) -> None:
     check_kept(case_of(trainer, changed(change_model)), note)
 
 
-@pytest.mark.skipif(TRL_HAS_FUSED_HEAD, reason="from TRL 1.15 on the model is called with labels: TRL's fused head answers")
+@pytest.mark.skipif(TRL_HAS_FUSED_HEAD, reason="from TRL 1.15 on TRL's fused head answers, by labels")
 def test_prompt_tuning() -> None:
     """Virtual tokens reach the model as embeddings: there are no ids to score."""
 

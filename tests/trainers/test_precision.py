@@ -31,7 +31,9 @@ def low(path: str) -> Any:
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_autocast(trainer: str, late: bool) -> None:
     """The reference model is prepared inside `__init__`, the policy by `train()`: both score under autocast."""
-    path = check(Case(trainer, {"bf16": True, "max_steps": 2, **SMOOTH.get(trainer, {})}, dtype=torch.bfloat16), late=late)
+    path = check(
+        Case(trainer, {"bf16": True, "max_steps": 2, **SMOOTH.get(trainer, {})}, dtype=torch.bfloat16), late=late
+    )
     assert {call.grad for call in path.kernel} == {True, False}, "policy and reference were not both scored"
     assert all(call.autocast or call.dtype == torch.bfloat16 for call in path.kernel)
 

@@ -94,9 +94,9 @@ def test_planted_error_is_caught(trainer: str, error: Callable[..., Any]) -> Non
 @pytest.mark.skipif(not TRL_HAS_FUSED_HEAD, reason="TRL before 1.15 has no fused head of its own in these trainers")
 def test_cpu_keeps_trls_own_fused_head() -> None:
     hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
-    assert not fused_head.measured_faster(hidden, weight, None, ("entropy",))
+    assert not fused_head.measured_faster(hidden, weight, ("entropy",))
     with torch.no_grad():
-        assert not fused_head.measured_faster(hidden, weight, None, ())
+        assert not fused_head.measured_faster(hidden, weight, ())
 
 
 def outcome(series: list[float], tensor: list[float]) -> Outcome:

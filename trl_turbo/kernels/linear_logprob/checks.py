@@ -48,8 +48,8 @@ def check_tensors(
         )
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"hidden has {hidden.shape[1]} features and weight takes {weight.shape[1]}; pass the last hidden states that "
-            "this head belongs to."
+            f"hidden has {hidden.shape[1]} features and weight takes {weight.shape[1]}; pass the last hidden states "
+            "that this head belongs to."
         )
     if weight.shape[0] == 0:
         raise ValueError("weight has no rows, so there is no vocabulary; under ZeRO-3 or FSDP gather the head first.")
@@ -91,16 +91,16 @@ def check_targets_range(targets: torch.Tensor, vocab: int) -> None:
     if low < 0 or high >= vocab:
         found = low if low < 0 else high
         raise ValueError(
-            f"A target is {found} and the head has {vocab} tokens; mask out ignored positions first, or pass the head that "
-            "belongs to this tokenizer."
+            f"A target is {found} and the head has {vocab} tokens; mask out ignored positions first, or pass the head "
+            "that belongs to this tokenizer."
         )
 
 
 def _check_float(name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_floating_point() or tensor.itemsize < 2:
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, and it is {_name(tensor.dtype)}; a quantised head goes "
-            "through head_logprob."
+            f"{name} must be float16, bfloat16, float32 or float64, and it is {_name(tensor.dtype)}; a quantised head "
+            "goes through head_logprob."
         )
 
 

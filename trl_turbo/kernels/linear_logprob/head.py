@@ -32,8 +32,8 @@ def head_logprob(
 ) -> LinearLogprobOutput:
     """`linear_logprob` for any `head` that maps [n, H] to logits [n, V], called on a few rows at a time.
 
-    Under autograd each call is checkpointed (non-reentrant, with the random state, so that dropout repeats): the backward
-    runs the head once more, and logits of at most `byte_budget` exist at any time, 256 MiB by default.
+    Under autograd each call is checkpointed (non-reentrant, with the random state, so that dropout repeats): the
+    backward runs the head once more, and logits of at most `byte_budget` exist at any time, 256 MiB by default.
 
     Args:
         head: a module or function; its own parameters get their gradients through autograd.
@@ -96,8 +96,8 @@ def _score(
 ) -> tuple[torch.Tensor | None, ...]:
     if logits.ndim != 2 or logits.shape[0] != targets.shape[0] or not logits.is_floating_point():
         raise ValueError(
-            f"The head must return floating-point logits [{targets.shape[0]}, V], and it returned {list(logits.shape)} in "
-            f"{str(logits.dtype).removeprefix('torch.')}."
+            f"The head must return floating-point logits [{targets.shape[0]}, V], and it returned {list(logits.shape)} "
+            f"in {str(logits.dtype).removeprefix('torch.')}."
         )
     checks.check_targets_shape(logits.shape[0], logits.device, targets)
     if logits.device.type == "cpu":

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import get_override
+from trl_turbo.kernels import get_override
+
 from . import checks, passes
 from .spec import OUTPUTS, LinearLogprobOutput, Spec, Transform
 
@@ -30,20 +31,20 @@ def linear_logprob(
     byte_budget: int | None = None,
     check_targets: bool | None = None,
 ) -> LinearLogprobOutput:
-    """Statistics of `z = softcap(logit_scale * (hidden @ weight.T + a @ b.T + bias)) / temperature`, never [N, V] at once.
+    """Statistics of z = softcap(logit_scale * (hidden @ weight.T + a @ b.T + bias)) / temperature, never [N, V].
 
     Products run in the autocast dtype where autocast is on, else in the dtype of `hidden`; the head is cast a tile at a
     time, and the logits are rounded to that dtype as a linear layer rounds them. Everything after is float32.
 
-    Gradients flow through `logps`, and through `entropy` with `entropy_grad`, to hidden, weight, bias, a and b, where they
-    require grad; the other outputs carry none. Where only hidden (or a) needs one, the forward already writes
-    d logps / d hidden, [N, H], and the backward is a product by row. A second derivative raises.
+    Gradients flow through `logps`, and through `entropy` with `entropy_grad`, to hidden, weight, bias, a and b, where
+    they require grad; the other outputs carry none. Where only hidden (or a) needs one, the forward already
+    writes d logps / d hidden, [N, H], and the backward is a product by row. A second derivative raises.
 
     Args:
         hidden: [N, H] float16, bfloat16, float32 or float64, any strides.
         weight: [V, H] of any of those dtypes, any strides.
-        targets: [N] int64. On the CPU one outside of [0, V) raises. On CUDA looking would wait for the device: such a row
-            gives NaN and reads nothing out of bounds, unless `check_targets` asks for the error there too.
+        targets: [N] int64. On the CPU one outside of [0, V) raises. On CUDA looking would wait for the device: there
+            such a row gives NaN and reads nothing out of bounds, unless `check_targets` asks for the error.
         bias: [V].
         temperature: above 0.
         softcap: above 0, or `None`.
@@ -51,7 +52,8 @@ def linear_logprob(
         low_rank: `(a [N, R], b [V, R])`, a LoRA adapter on the head; `a` already carries dropout and scaling.
         outputs: some of `OUTPUTS`.
         entropy_grad: whether gradients flow through the entropy, which costs a recomputation of the logits.
-        byte_budget: what the tiles and their float32 sums may take; by default between 64 and 256 MiB.
+        byte_budget: what the tiles and their float32 sums may take at most; by default 256 MiB without gradients and
+            less with them, see `plan`.
         check_targets: whether to check the targets' range; `None` does on the CPU alone.
 
     Returns:
@@ -119,7 +121,7 @@ def make_spec(
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """Ties the passes together: who needs which gradient decides what the forward writes and the backward makes again."""
+    """Ties the passes together: who needs which gradient decides what the forward writes, the backward makes again."""
 
     @staticmethod
     def forward(
@@ -135,8 +137,8 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # the entropy is often only logged: no zeros for it, and no work
         needs_hidden, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         head_trains = needs_weight or needs_bias or needs_b
-        # For a trained head the products are four either way, and the Jacobian would only write each tile once more: on an
-        # H200, N = 8,192 and H = 1,536, a step takes 26.8 ms with it and 24.9 without.
+        # For a trained head the products are four either way, and the Jacobian would only write each tile once more:
+        # on an H200, N = 8,192 and H = 1,536, a step takes 26.8 ms with it and 24.9 without.
         early = not spec.entropy_grad and not head_trains
         later = not early
         head = passes.Head(weight, bias, b, spec.compute_dtype)
@@ -169,12 +171,9 @@ class _LinearLogprob(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None] * 5
         if ctx.later:
             hidden, weight, bias, a, b, targets, norm, entropy = saved[2:]
-            needs = list(ctx.needs_input_grad[:5])
-            needs[0] &= jac_hidden is None
-            needs[3] &= jac_a is None
             head = passes.Head(weight, bias, b, spec.compute_dtype)
             grads = passes.backward(
-                hidden, head, a, targets, norm, entropy, grad_logps, grad_entropy, spec, tuple(needs)
+                hidden, head, a, targets, norm, entropy, grad_logps, grad_entropy, spec, ctx.needs_input_grad[:5]
             )
         for at, jac in ((0, jac_hidden), (3, jac_a)):
             if jac is not None and grad_logps is not None:

@@ -51,7 +51,7 @@ class Head:
         self.bias = None if bias is None else bias.contiguous()
 
     def pieces(self, columns: int) -> Callable[[], Iterable[Piece]]:
-        """The slices, as often as asked: views made once where dtype and strides allow, else cast one after the other."""
+        """The slices, as often as asked: views made once where dtype and strides allow, else cast one by one."""
         spans = split(self.weight.shape[0], columns)
         if self.b is None and dense(self.weight[:columns], self.dtype).data_ptr() == self.weight.data_ptr():
             views = [self._piece(*span) for span in spans]
@@ -71,8 +71,8 @@ def join(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`x` and `y` side by side [n, K] in `dtype`, and the views of each; `x` itself where there is no `y`.
 
-    So hidden @ weight.T + a @ b.T is one product, rounded once. As two it is rounded twice, and on an H200 the entropy's
-    gradient, from tiles made again in another shape, was up to 30% further off than plain torch's.
+    So hidden @ weight.T + a @ b.T is one product, rounded once. As two it is rounded twice, and on an H200 the
+    entropy's gradient, from tiles made again in another shape, was up to 30% further off than plain torch's.
     """
     if y is None:
         x = dense(x, dtype)
@@ -92,11 +92,11 @@ def forward(
     jac_hidden: bool = False,
     jac_a: bool = False,
 ) -> tuple[LinearLogprobOutput, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The statistics and the norm [2, N] that the backward needs; where asked, also d logps / d hidden [N, H] and d logps / d a [N, R].
+    """The statistics, the norm [2, N], and where asked d logps / d hidden [N, H] and d logps / d a [N, R].
 
-    logps of row i depends on row i of hidden alone, so its whole backward is one factor a row: as in flash attention, with
-    the head as both keys and values, the expectation of the weight under the softmax is summed while the tile exists.
-    That costs one product more here and saves two in the backward.
+    logps of row i depends on row i of hidden alone, so its whole backward is one factor a row: as in flash attention,
+    with the head as both keys and values, the expectation of the weight under the softmax is summed while the tile
+    exists. That costs one product more here and saves two in the backward.
     """
     n, h = hidden.shape
     vocab, dtype = head.weight.shape[0], spec.compute_dtype

@@ -11,10 +11,10 @@ COLUMNS = 8192
 def rows_outer(n_rows: int, vocab: int, acc_width: int, itemsize: int, budget_bytes: int | None) -> tuple[int, int]:
     """Rows and columns of a tile, where rows are the outer loop and a float32 [rows, acc_width] sum rides along.
 
-    With sums at most 2,048 x 8,192: in bf16 32 MiB, which the L2 of an H200 partly holds for the next kernel, and no larger
-    tile measured more than 2% faster. 2,048 rows of a sum fill its 132 processors in whole waves, where equal pieces of N
-    would leave some idle, and powers of two need no masks. Without sums at most 4,096 x 32,768: there the start and end of
-    each product weigh more, 7.0 ms for N = 8,192 and H = 1,536 in small tiles and 6.7 in these.
+    With sums at most 2,048 x 8,192: in bf16 32 MiB, which the L2 of an H200 partly holds for the next kernel, and no
+    larger tile measured more than 2% faster. 2,048 rows of a sum fill its 132 processors in whole waves, where equal
+    pieces of N would leave some idle, and powers of two need no masks. Without sums at most 4,096 x 32,768: there the
+    start and end of each product weigh more, 7.0 ms for N = 8,192 and H = 1,536 in small tiles and 6.7 in these.
     """
     most = (2048, COLUMNS) if acc_width else (4096, 4 * COLUMNS)
     rows, columns = min(most[0], max(n_rows, 1)), min(most[1], max(vocab, 1))

@@ -1,7 +1,7 @@
 """What happens to one tile of logits, in torch: the CPU's path, and the twin that each Triton kernel is tested against.
 
-The statistics of a row are running sums in the rows of `stats` [7, n], in the order of the constants below. `fold` takes
-one tile of the vocabulary into them, as in the online softmax (Milakov and Gimelshein, arXiv:1805.02867).
+The statistics of a row are running sums in the rows of `stats` [7, n], in the order of the constants below. `fold`
+takes one tile of the vocabulary into them, as in the online softmax (Milakov and Gimelshein, arXiv:1805.02867).
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ def fold(
 ) -> None:
     """Fold a tile into `stats`; with `acc`, also turn it into the weights of the next product.
 
-    With `acc` the tile becomes exp(z - MAX) dz/dx (less the constant slope), with 0 at the target, and `acc` is rescaled
-    to the new MAX, so that `acc += tile @ weight` goes on. The target's own term stays out because it would cancel against
-    the row of the target's weight: rounded to bf16, its softcap slope alone would cost more than 1 - p is worth.
+    With `acc` the tile becomes exp(z - MAX) dz/dx (less the constant slope), with 0 at the target, and `acc` is
+    rescaled to the new MAX, so that `acc += tile @ weight` goes on. The target's own term stays out because it would
+    cancel against the row of the target's weight: rounded to bf16, its softcap slope alone would cost more than 1 - p
+    is worth.
     """
     z = tile.to(stats.dtype)
     if bias is not None:

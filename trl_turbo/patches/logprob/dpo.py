@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from trl_turbo.patches.logprob import liger
 from trl_turbo.patches.logprob.functions import replacements
 from trl_turbo.patches.logprob.hook import hook_models
 from trl_turbo.patches.logprob.request import Request, masked_targets, scoring, trainer_is_sharded
@@ -35,12 +36,16 @@ def build(module: ModuleType) -> Iterator[Replacement]:
     yield Replacement(trainer, "_compute_loss", _loss)
     reference = next(name for name in REFERENCE_METHODS if hasattr(trainer, name))
     yield Replacement(trainer, reference, _reference)
+    yield from liger.replacements(trainer)
 
 
 def _request(trainer: Any, inputs: dict[str, Any], outputs: tuple[str, ...]) -> Request | None:
     reason = trainer_is_sharded(trainer)
     if reason:
         note("logprob", f"{type(trainer).__name__}: {reason}; TRL's own path is used, with full logits")
+        return None
+    if getattr(trainer, "use_liger_kernel", False):
+        liger.say(trainer)
         return None
     ids, mask = inputs["input_ids"], inputs["completion_mask"]
     if hasattr(trainer, "_truncate_inputs"):  # TRL 0.29 cuts the batch inside the method

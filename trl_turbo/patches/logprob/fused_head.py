@@ -1,7 +1,7 @@
 """TRL 1.15 and later: its trainers call a fused head of TRL's own, through one global.
 
-Ours takes that global's place where it measures faster (`docs/benchmarks.md`): on CUDA, with a frozen or a trained head,
-as long as no gradient flows through the entropy. Everywhere else TRL's own function is called, as it was.
+Ours takes that global's place where it measures faster (`docs/benchmarks.md`): on CUDA, with a frozen or a trained
+head, as long as no gradient flows through the entropy. Everywhere else TRL's own function is called, as it was.
 """
 
 from __future__ import annotations

@@ -18,7 +18,18 @@ class UnsupportedLogitsOp(NotImplementedError):  # noqa: N818 -- names what was 
 # What a tensor can do and a stand-in cannot: without these Python raises a TypeError, which reads like a bug of the script
 _OPERATORS = (
     *("__add__", "__radd__", "__sub__", "__rsub__", "__neg__", "__pow__", "__rtruediv__", "__matmul__", "__rmatmul__"),
-    *("__lt__", "__le__", "__gt__", "__ge__", "__setitem__", "__iter__", "__len__", "__invert__", "__abs__", "__float__"),
+    *(
+        "__lt__",
+        "__le__",
+        "__gt__",
+        "__ge__",
+        "__setitem__",
+        "__iter__",
+        "__len__",
+        "__invert__",
+        "__abs__",
+        "__float__",
+    ),
 )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from trl_turbo.patches.logprob import liger
 from trl_turbo.patches.logprob.functions import replacements
 from trl_turbo.patches.logprob.hook import hook_models
 from trl_turbo.patches.logprob.request import Request, completion_targets, scoring, trainer_is_sharded
@@ -43,6 +44,7 @@ def build(module: ModuleType, trainer_name: str) -> Iterator[Replacement]:
     trainer = getattr(module, trainer_name)
     yield from replacements(module)
     yield Replacement(trainer, method_name(trainer), _scored)
+    yield from liger.replacements(trainer)
 
 
 def _scored(original: Callable[..., Any]) -> Callable[..., Any]:

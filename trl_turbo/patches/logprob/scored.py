@@ -10,7 +10,6 @@ import torch
 
 from trl_turbo.patches.logprob.pending import ADVICE, UnsupportedLogitsOp, refusing, scalar
 
-
 # What `cross_entropy` means where it is a mean over positions that all count
 _PLAIN_MEAN = {
     "weight": None,

@@ -1,0 +1,65 @@
+"""Train every trainer that this TRL has in one of several processes, stock and patched; started by `test_ddp`."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapters import lora
+from .models import VARIANTS, folder
+from .parity import Path as Way
+from .parity import patched
+from .runs import Case, run
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "GRPO": {"max_steps": 2, "beta": 0.1},
+    "RLOO": {"max_steps": 2, "beta": 0.1},
+    "DPO": {"max_steps": 2, "per_device_train_batch_size": 2},
+    "OnlineDPO": {"max_steps": 2, "per_device_train_batch_size": 2},
+    "PPO": {"total_episodes": 16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+}
+# Without checkpointing, transformers lets DDP look for unused parameters
+CHECKPOINTING = {"checkpointed": {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "": {}}
+
+
+def _case(trainer: str, adapter: str, checkpointing: str) -> Case:
+    options = {**OPTIONS[trainer], "gradient_checkpointing": bool(checkpointing), **CHECKPOINTING[checkpointing]}
+    return Case(trainer, options, peft=lora() if adapter else None)
+
+
+CASES = {
+    "-".join(filter(None, parts)): _case(*parts)
+    for parts in itertools.product(OPTIONS, ("", "lora"), CHECKPOINTING)
+    # Stock PPO reads `.policy` off its model, which DDP has wrapped, where an adapter stands for the reference
+    if parts[0] != "PPO" or not any(parts[1:])
+}
+LABELS = sorted(CASES)
+
+
+def _train(case: Case) -> dict[str, Any] | str:
+    if case.missing():
+        return case.missing()
+    plain, *perturbed = [run(case, variant) for variant in VARIANTS]
+    with patched() as path:
+        ours = run(case)
+    # Requests hold functions, which do not travel: what is asked of them is whether all were answered
+    unanswered = [request for request in path.requests if not request.answered]
+    assert not unanswered
+    return {"stock": plain, "perturbed": perturbed, "patched": ours, "path": Way([], path.kernel[:1], 0, path.notes)}
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    for variant in VARIANTS:
+        folder("qwen2", variant)
+    found = {label: _train(CASES[label]) for label in LABELS}
+    torch.save(found, Path(out) / f"rank-{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
