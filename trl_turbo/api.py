@@ -31,7 +31,8 @@ def patch(
         verbose: ``None`` logs one line to the logger ``trl_turbo``, ``True`` the table as well, ``False`` nothing.
         logprob: The fused log-prob in GRPO, RLOO, DPO, OnlineDPO and PPO.
         rollout: Rollouts of GRPO, RLOO and OnlineDPO from a colocated vLLM that reads the trainer's own weights.
-            ``"script"`` says that the script's ``use_vllm`` decides whether there is one; so it does by default today.
+            With ``use_vllm=False`` GRPO and RLOO are routed to it where vLLM is installed and the model can be shared;
+            ``"script"`` leaves that choice to the script.
             ``TRL_TURBO_ROLLOUT_ADAPTER`` in the environment chooses how a LoRA adapter gets into them: ``merged``,
             ``served``, or ``auto``, which merges into a 16-bit base.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over

@@ -14,6 +14,14 @@ pytestmark = [pytest.mark.vllm, pytest.mark.trl]
 GAP = "sampling/sampling_logp_difference/mean"
 
 
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch):
+    """TRL sets these for vLLM and leaves them: the next trainer would take itself for a distributed one."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # remembers what was there, and puts it back
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def patched():
     import trl_turbo
@@ -135,6 +143,58 @@ def test_what_is_declined_runs_on_trls_own_path_and_says_so(trainer, patched, mo
     assert "TRL's own engine" in notes[0]
     trained.train()
     assert len(metric(trained, "reward")) == 1
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_a_script_without_vllm_is_routed_and_told(kind, trainer, patched, monkeypatch):
+    trained = trainer(kind, max_steps=8, use_vllm=False, learning_rate=1e-2)
+    assert trained.use_vllm
+    assert trained.args.use_vllm is False
+    llm = engine_of(trained)
+    assert llm.shared is not None, llm.declined
+    no_copies(llm, monkeypatch)
+    monkeypatch.setattr(type(trained.model), "generate", None)  # transformers samples nothing
+    trained.train()
+    notes = [note.text for note in patched.notes if note.feature == "rollout"]
+    assert len(notes) == 1
+    assert "though the script says use_vllm=False" in notes[0]
+    assert len(metric(trained, "reward")) == 8
+    if kind == "GRPO":
+        assert max(metric(trained, GAP)) < 1e-3, metric(trained, GAP)
+
+
+def test_the_script_may_keep_its_choice(tmp_path):
+    import trl_turbo
+
+    trl_turbo.patch(logprob=False, rollout="script", verbose=False)
+    trained = make_trainer("GRPO", tmp_path, max_steps=1, use_vllm=False)
+    assert not trained.use_vllm
+    trl_turbo.unpatch()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
+        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"adapter": True}, "DoRA"),
+    ],
+)
+def test_what_is_not_routed_samples_with_transformers_and_says_why(change, words, tmp_path, patched):
+    peft = pytest.importorskip("peft")
+    change = dict(change)
+    config = None
+    if change.pop("adapter", False):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    trained = make_trainer("GRPO", tmp_path, max_steps=1, use_vllm=False, peft_config=config, **change)
+    assert not trained.use_vllm
+    notes = [note.text for note in patched.notes if note.feature == "rollout"]
+    assert len(notes) == 1
+    assert words in notes[0]
+    assert "transformers samples, as the script says" in notes[0]
+    if config is not None:
+        trained.train()
+        assert len(metric(trained, "reward")) == 1
 
 
 def test_unpatched_trl_is_stock_again():

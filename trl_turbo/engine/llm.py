@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import vllm
 
 from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
 from trl_turbo.engine.memory import MemoryReport
-from trl_turbo.engine.serving import Trainee, take
+from trl_turbo.engine.serving import Trainee, must_share, take
 from trl_turbo.engine.shared import SharedEngine
 from trl_turbo.engine.start import Start, prepare
 from trl_turbo.report import note
@@ -43,8 +44,10 @@ class TurboLLM(vllm.LLM):
             self.declined = str(error)
         if self.declined:
             # Outside the handler: its traceback holds the engine that was given up, and that one's memory
-            note("rollout", f"{self.declined}; TRL's own engine is used, with a copy of the weights")
             self._give_up()
+            if must_share():
+                raise EngineDeclinedError(self.declined)
+            note("rollout", f"{self.declined}; TRL's own engine is used, with a copy of the weights")
             super().__init__(*args, **kwargs)
 
     # -- start -------------------------------------------------------------------------------------------------------
@@ -212,6 +215,11 @@ def _without_text(params: Any) -> Any:
     return params
 
 
+def sampling_arguments() -> set[str]:
+    """What `SamplingParams` takes, as `generation_kwargs` may name it."""
+    return set(inspect.signature(vllm.SamplingParams).parameters)
+
+
 def replaceable(module: Any) -> str | None:
     """Say why `LLM` in a module of TRL's is not vLLM's own class, for which `TurboLLM` may stand, or return `None`."""
     found = getattr(module, "LLM", None)
@@ -222,4 +230,4 @@ def replaceable(module: Any) -> str | None:
     return None
 
 
-__all__ = ["EngineDeclinedError", "TurboLLM", "WeightsMovedError", "replaceable"]
+__all__ = ["EngineDeclinedError", "TurboLLM", "WeightsMovedError", "replaceable", "sampling_arguments"]

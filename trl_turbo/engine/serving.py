@@ -43,6 +43,24 @@ def serving(find: Callable[[], Trainee]) -> Iterator[None]:
         _waiting.reset(token)
 
 
+_alone: ContextVar[bool] = ContextVar("trl_turbo_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While open, a `TurboLLM` that cannot share raises `EngineDeclinedError` and starts no engine of its own."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def must_share() -> bool:
+    """Whether an engine with a copy of the weights is worse than none."""
+    return _alone.get()
+
+
 def take() -> Trainee | None:
     """Return who waits for an engine, once."""
     find = _waiting.get()

