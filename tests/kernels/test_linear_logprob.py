@@ -115,8 +115,8 @@ def test_entropy_gradient(device, dtype, transform, needs):
 )
 @pytest.mark.parametrize("byte_budget", [1, 10_000, None])
 def test_ragged_sizes(device, sizes, byte_budget):
-    if byte_budget == 1 and sizes.get("n", 0) > 100:
-        pytest.skip("132,999 tiles of one logit")
+    if byte_budget == 1 and sizes.get("n", 37) * sizes.get("v", 211) > 1000:
+        byte_budget = 200  # instead of thousands of tiles of one logit
     compare(device, torch.float32, NAMES, True, True, False, {}, byte_budget=byte_budget, **sizes)
 
 
