@@ -59,8 +59,7 @@ def folded(ops, logits, bias, targets, transform, outputs, width, head=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("transform", "has_bias"), zip(TRANSFORMS, (False, True, True), strict=True), ids=str)
 @pytest.mark.parametrize(("n", "v", "width"), [(1, 1, 1), (5, 77, 32), (3, 300, 300), (2, 2500, 2048)])
 def test_fold(dtype, transform, has_bias, n, v, width):
     logits, bias, targets = inputs(n, v, dtype)
@@ -80,8 +79,7 @@ def test_fold_writes_only_what_is_asked(output):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("transform", "has_bias"), zip(TRANSFORMS, (False, True, True), strict=True), ids=str)
 @pytest.mark.parametrize(("n", "v", "width", "h"), [(1, 3, 2, 1), (5, 77, 32, 40), (2, 2500, 2048, 1100)])
 def test_fold_with_sums_and_jacobian(dtype, transform, has_bias, n, v, width, h):
     logits, bias, targets = inputs(n, v, dtype)

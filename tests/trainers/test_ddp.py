@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from .ddp_worker import LABELS
 from .rule import assert_same
@@ -22,7 +23,18 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, for every training; one launch serves all tests, as loading TRL takes longest."""
-    out = tmp_path_factory.mktemp("ddp")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / "ddp"
+    with FileLock(f"{out}.lock"):  # under pytest-xdist the tests below are spread over workers
+        if not (out / "rank-0.pt").exists():
+            _launch(out)
+    return [torch.load(out / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _launch(out: Path) -> None:
+    out.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [*command, "--module", "tests.trainers.ddp_worker", str(out)],
@@ -34,7 +46,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    return [torch.load(out / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.parametrize("label", LABELS)

@@ -55,7 +55,7 @@ def test_kernel_is_used_on_cuda_where_it_measures_faster(trainer: str) -> None:
 @needs_liger
 @pytest.mark.parametrize("trainer", ["GRPO", "DPO"])
 def test_liger_in_the_same_script(trainer: str) -> None:
-    """Liger stands in front of the instance's forward; up to TRL 1.14 TRL also scores with it, and the report says so."""
+    """Liger stands in front of the instance's forward; up to 1.14 TRL also scores with it, and the report says so."""
     case = Case(trainer, {**OPTIONS[trainer], "use_liger_kernel": True}, "qwen2-untied")
     skip_unless_known(case)
     plain, *perturbed = stock(case)

@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Largest(TorchDispatchMode):
-    """Keeps the largest tensor that any operation returned, and the largest with a dimension as long as the vocabulary."""
+    """Keeps the largest tensor that any operation returned, and the largest that is as long as the vocabulary."""
 
     def __init__(self) -> None:
         super().__init__()

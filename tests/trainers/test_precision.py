@@ -17,7 +17,7 @@ pytestmark = pytest.mark.trl
 
 LOADED_LOW = {"model_init_kwargs": {"dtype": "bfloat16"}}
 KL = {"GRPO": {"beta": 0.1}, "RLOO": {"beta": 0.1}}
-# Rounded to bf16 a ratio next to its clipping bound falls on either side, and both are right: bounds that nothing reaches
+# Rounded to bf16 a ratio next to its bound falls on either side, and both are right: bounds that nothing reaches
 UNCLIPPED = {"beta": 0.1, "epsilon": 0.99, "epsilon_high": 100.0}
 SMOOTH = {"GRPO": UNCLIPPED, "RLOO": UNCLIPPED}
 TRAINERS = ["GRPO", "RLOO", "DPO", "OnlineDPO"]

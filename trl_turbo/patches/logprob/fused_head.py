@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, cast
 
@@ -30,8 +29,6 @@ OUTPUTS = {
     "mean_logits": ("mean_logit",),
     "is_top1": ("top1",),
 }
-# Whether a trainer that allows it is being constructed: its __init__ refuses adapters on the head otherwise
-_ADAPTED_HEADS: ContextVar[bool] = ContextVar("trl_turbo_adapted_heads", default=False)
 
 
 def wanted(outputs: tuple[str, ...]) -> tuple[str, ...]:
@@ -125,7 +122,6 @@ def trainer_build(module: ModuleType, trainer_name: str) -> Iterator[Replacement
     trainer = getattr(module, trainer_name)
     yield Replacement(trainer, "_compute_loss", _saying_what_is_differentiated)
     if hasattr(module, "BaseTunerLayer"):
-        yield Replacement(trainer, "__init__", _allowing_adapted_heads)
         yield Replacement(module, "BaseTunerLayer", _all_but_understood_heads)
         yield Replacement(module, "add_fused_lm_head", _ours_on_adapted_heads)
 
@@ -139,26 +135,12 @@ def _saying_what_is_differentiated(original: Callable[..., Any]) -> Callable[...
     return _compute_loss
 
 
-def _allowing_adapted_heads(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        config = kwargs.get("args") or next((a for a in args if hasattr(a, "per_device_train_batch_size")), None)
-        # TRL casts the head by replacing its forward, which would drop the adapter: its refusal stands there
-        token = _ADAPTED_HEADS.set(not getattr(config, "cast_lm_head_to_fp32", False))
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            _ADAPTED_HEADS.reset(token)
-
-    return init
-
-
 def _all_but_understood_heads(original: type) -> type:
     class Meta(type):
         def __instancecheck__(cls, instance: Any) -> bool:
             if not isinstance(instance, original):
                 return False
-            return not (_ADAPTED_HEADS.get() and describe_head(cast("torch.nn.Module", instance)).weight is not None)
+            return describe_head(cast("torch.nn.Module", instance)).weight is None
 
     return Meta("BaseTunerLayer", (), {"__doc__": original.__doc__})
 
@@ -174,6 +156,11 @@ def _ours_on_adapted_heads(original: Callable[..., Any]) -> Callable[..., Any]:
         head = model.get_output_embeddings()
         if not hasattr(head, "lora_A"):
             return original(model, temperature, cast_lm_head_to_fp32, outputs)
+        if cast_lm_head_to_fp32:
+            raise ValueError(
+                "cast_lm_head_to_fp32=True replaces the forward of lm_head, which would drop the adapter found on it; "
+                "take 'lm_head' out of target_modules, or leave cast_lm_head_to_fp32 off."
+            )
         hook_models(model)
         configure(model, Request(temperature=temperature, outputs=wanted(outputs)))
         return None

@@ -24,8 +24,8 @@ def say(trainer: Any) -> None:
     """Put into the report that these tokens are not scored by this package."""
     note(
         "logprob",
-        f"{type(trainer).__name__}: use_liger_kernel=True has TRL score with Liger's kernel where it can; TRL's own path is "
-        "used there, set it to False for trl_turbo's",
+        f"{type(trainer).__name__}: use_liger_kernel=True has TRL score with Liger's kernel where it can; TRL's own "
+        "path is used there",
     )
 
 

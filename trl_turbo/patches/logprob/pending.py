@@ -15,21 +15,10 @@ class UnsupportedLogitsOp(NotImplementedError):  # noqa: N818 -- names what was 
     """Something was asked of the logits that cannot be answered without making them."""
 
 
-# What a tensor can do and a stand-in cannot: without these Python raises a TypeError, which reads like a bug of the script
+# What a tensor can do and a stand-in cannot: without these Python raises a TypeError, which reads like a script's bug
 _OPERATORS = (
-    *("__add__", "__radd__", "__sub__", "__rsub__", "__neg__", "__pow__", "__rtruediv__", "__matmul__", "__rmatmul__"),
-    *(
-        "__lt__",
-        "__le__",
-        "__gt__",
-        "__ge__",
-        "__setitem__",
-        "__iter__",
-        "__len__",
-        "__invert__",
-        "__abs__",
-        "__float__",
-    ),
+    *("add", "radd", "sub", "rsub", "neg", "abs", "pow", "rtruediv", "matmul", "rmatmul", "float"),
+    *("lt", "le", "gt", "ge", "setitem", "iter", "len", "invert"),
 )
 
 
@@ -37,13 +26,13 @@ def refusing(sentence: str) -> Callable[[type], type]:
     """Class decorator: every operator of a tensor that the class does not define raises `UnsupportedLogitsOp`."""
 
     def refused(name: str) -> Callable[..., Any]:
-        def operator(*args: Any) -> Any:
+        def operator(*_: Any) -> Any:
             raise UnsupportedLogitsOp(sentence.format(name))
 
         return operator
 
     def decorate(cls: type) -> type:
-        for name in _OPERATORS:
+        for name in (f"__{operator}__" for operator in _OPERATORS):
             if name not in vars(cls):
                 setattr(cls, name, refused(name))
         return cls

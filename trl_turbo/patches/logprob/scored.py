@@ -151,6 +151,12 @@ class ScoredLogits:
         return ScoredLogits(self.stats, self.temperature, self.vocab, self.divisor * scalar(other), self.doubled)
 
     __itruediv__ = __truediv__
+    div = __truediv__
+
+    def div_(self, other: Any) -> ScoredLogits:
+        """In place, as GRPO and RLOO of TRL 1.4 to 1.9 divide by the temperature."""
+        self.divisor *= scalar(other)
+        return self
 
     def __mul__(self, other: Any) -> ScoredLogits:
         return self._scaled(scalar(other))
