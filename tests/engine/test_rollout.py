@@ -197,6 +197,16 @@ def test_what_is_not_routed_samples_with_transformers_and_says_why(change, words
         assert len(metric(trained, "reward")) == 1
 
 
+def test_a_script_is_not_routed_to_an_engine_that_is_not_ours(tmp_path, patched, monkeypatch):
+    """Where TRL supports no installed vLLM, or somebody put another class there, the script samples as it says."""
+    from trl.generation import vllm_generation
+
+    monkeypatch.delattr(vllm_generation, "LLM")
+    trained = make_trainer("RLOO", tmp_path, max_steps=1, use_vllm=False)
+    assert not trained.use_vllm
+    assert "TRL found no vLLM" in next(note.text for note in patched.notes if note.feature == "rollout")
+
+
 def test_unpatched_trl_is_stock_again():
     import vllm
     from trl.generation import vllm_generation

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_turbo.engine.errors import EngineDeclinedError as EngineDeclinedError
+    from trl_turbo.engine.llm import TurboLLM as TurboLLM
     from trl_turbo.engine.memory import MemoryReport as MemoryReport
     from trl_turbo.engine.sizing import Plan as Plan
     from trl_turbo.engine.sizing import Work as Work
     from trl_turbo.engine.sizing import plan as plan
 
-__all__ = ["EngineDeclinedError", "MemoryReport", "Plan", "Work", "plan"]
+__all__ = ["EngineDeclinedError", "MemoryReport", "Plan", "TurboLLM", "Work", "plan"]
 
 # Imported when first asked for: most of this package imports torch.
 _LATE = {
     "EngineDeclinedError": "errors",
     "MemoryReport": "memory",
     "Plan": "sizing",
+    "TurboLLM": "llm",
     "Work": "sizing",
     "plan": "sizing",
 }

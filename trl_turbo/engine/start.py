@@ -118,7 +118,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         # vLLM has no sleep mode on a CPU and refuses to start with it; ours gives up nothing there. Compiling would
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
-    return Start(trainee, kwargs, weights, sizes, served, merges, can_release=on_gpu)
+    return Start(trainee, kwargs, weights, sizes, served, merges, can_release=kwargs["enable_sleep_mode"])
 
 
 def _merges(dtype: torch.dtype) -> bool:
@@ -131,8 +131,11 @@ def _merges(dtype: torch.dtype) -> bool:
 
 
 def _on_gpu(kwargs: dict[str, Any], free: int, total: int) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
     from trl_turbo.engine.worker import QUALNAME
 
     # vLLM refuses to start where this share of the device is not free, though `kv_cache_memory_bytes` sets the size.
     share = min(kwargs.get("gpu_memory_utilization", 0.9), 0.95 * free / total)
-    return {"worker_cls": QUALNAME, "enable_sleep_mode": True, "gpu_memory_utilization": share}
+    can_sleep = bool(current_platform.is_sleep_mode_available())
+    return {"worker_cls": QUALNAME, "enable_sleep_mode": can_sleep, "gpu_memory_utilization": share}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -51,12 +52,22 @@ def _init(module: ModuleType, owner: type, original: Callable[..., Any]) -> Call
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if not self.use_vllm:
-            reason = _kept(self, turn) or _moved(self, module)
+            reason = _without_engine(module) or _kept(self, turn) or _moved(self, module)
             text = _ROUTED if reason is None else f"{reason}; transformers samples, as the script says"
             note("rollout", f"{type(self).__name__}: {text}")
         return result
 
     return method
+
+
+def _without_engine(module: ModuleType) -> str | None:
+    """Say why `VLLMGeneration` would start another engine than ours, or return `None`."""
+    from trl_turbo.engine.llm import TurboLLM
+
+    found = getattr(sys.modules[module.VLLMGeneration.__module__], "LLM", None)
+    if found is None:
+        return "TRL found no vLLM that it supports"
+    return None if found is TurboLLM else f"its vLLM would be {found.__module__}.{found.__qualname__}"
 
 
 def _kept(trainer: Any, turn: Any) -> str | None:
