@@ -12,7 +12,7 @@ from tests.engine.models import saved
 pytestmark = pytest.mark.vllm
 
 
-def test_trls_calls_of_every_version_are_harmless(tmp_path, turbo):
+def test_trls_calls_of_every_version_are_harmless(tmp_path, turbo, monkeypatch):
     import vllm
 
     model, _ = saved(tmp_path, "qwen2_tied")
@@ -31,6 +31,10 @@ def test_trls_calls_of_every_version_are_harmless(tmp_path, turbo):
     llm.wake_up()
     assert by_vllm(llm) == expected
     assert len(llm.collective_rpc("check_health")) == 1
+
+    monkeypatch.setattr(vllm.LLM, "reset_prefix_cache", lambda self: False)
+    with pytest.raises(RuntimeError, match="requests are still running"):
+        llm.refresh()  # an old prefix must never go unnoticed
 
 
 def test_the_cache_is_given_up_once_and_comes_back_before_it_is_used(tmp_path, turbo, monkeypatch):

@@ -34,6 +34,7 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_thousand_folds_change_no_bit(dtype):
     layers = {"q": layer(48, 64, 8, dtype, scale=0.002), "up": layer(96, 64, 4, dtype, scale=0.002, seed=1)}
