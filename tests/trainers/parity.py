@@ -63,12 +63,8 @@ class Path:
 
 
 @contextmanager
-def patched(*, everywhere: bool = True) -> Iterator[Path]:
-    """Patch TRL, and watch what is scored by whom.
-
-    Args:
-        everywhere: Whether our kernel is used on the CPU too where TRL has a fused head of its own (1.15 and later).
-    """
+def patched() -> Iterator[Path]:
+    """Patch TRL, and watch what is scored by whom."""
     path = Path()
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,8 +93,7 @@ def patched(*, everywhere: bool = True) -> Iterator[Path]:
                 stack.enter_context(replaced.object(module, "linear_logprob", counted(module.linear_logprob)))
             stack.enter_context(replaced.object(forward, "head_logprob", whole))
             stack.enter_context(replaced.object(Request, "__init__", remembered))
-            if everywhere:
-                yield path
+            yield path
     finally:
         path.notes = tuple(note.text for note in report.notes[already:])
         trl_turbo.unpatch()
