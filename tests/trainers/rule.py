@@ -13,8 +13,8 @@ covers what a perturbation may leave as it was by luck: a result is rounded when
 
 Runs use plain SGD: Adam divides a gradient by its own size, which turns rounding of a zero gradient into a full step.
 
-Metrics that count on which side of a bound values fall are steps: a tie may go either way, and in the few digits of bf16
-and fp16 there are ties. They are compared in float32 alone.
+Metrics that count on which side of a bound values fall are steps: a tie may go either way, and in the few digits of
+bf16 and fp16 there are ties. They are compared in float32 alone.
 
 Gradients and weight updates are compared tensor by tensor, by norm, so that a wrong gradient of one small tensor cannot
 hide behind the others. Weights are compared by what training added to them: the perturbed runs start elsewhere. There,
