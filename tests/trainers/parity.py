@@ -15,7 +15,7 @@ import torch
 
 import trl_turbo
 from trl_turbo.patches.logprob import forward, fused_head
-from trl_turbo.patches.logprob.request import Request, entropy_has_gradient
+from trl_turbo.patches.logprob.request import Request
 
 from .models import VARIANTS
 from .rule import Outcome, assert_identical, assert_same
@@ -62,18 +62,9 @@ class Path:
             assert expected in note
 
 
-def cpu_counts_as_faster(hidden: Any, weight: Any, outputs: tuple[str, ...]) -> bool:
-    """Stands for `fused_head.measured_faster`, which keeps TRL's own fused head (1.15 and later) on the CPU."""
-    return not torch.is_grad_enabled() or "entropy" not in outputs or not entropy_has_gradient()
-
-
 @contextmanager
-def patched(*, everywhere: bool = True) -> Iterator[Path]:
-    """Patch TRL, and watch what is scored by whom.
-
-    Args:
-        everywhere: Whether our kernel is used on the CPU too where TRL has a fused head of its own (1.15 and later).
-    """
+def patched() -> Iterator[Path]:
+    """Patch TRL, and watch what is scored by whom."""
     path = Path()
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,8 +93,6 @@ def patched(*, everywhere: bool = True) -> Iterator[Path]:
                 stack.enter_context(replaced.object(module, "linear_logprob", counted(module.linear_logprob)))
             stack.enter_context(replaced.object(forward, "head_logprob", whole))
             stack.enter_context(replaced.object(Request, "__init__", remembered))
-            if everywhere:
-                stack.enter_context(replaced.object(fused_head, "measured_faster", cpu_counts_as_faster))
             yield path
     finally:
         path.notes = tuple(note.text for note in report.notes[already:])

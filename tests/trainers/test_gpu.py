@@ -47,7 +47,7 @@ def test_cuda(trainer: str, precision: str, peft: Any) -> None:
 @pytest.mark.parametrize("trainer", ["GRPO", "DPO"])
 def test_kernel_is_used_on_cuda_where_it_measures_faster(trainer: str) -> None:
     """With the choice as it is: a frozen head is scored by our kernel on every TRL."""
-    with patched(everywhere=False) as path:
+    with patched() as path:
         run(Case(trainer, OPTIONS[trainer], "qwen2-untied", peft=lora()))
     assert any(call.grad for call in path.kernel)
 

@@ -92,11 +92,14 @@ def test_planted_error_is_caught(trainer: str, error: Callable[..., Any]) -> Non
 
 
 @pytest.mark.skipif(not TRL_HAS_FUSED_HEAD, reason="TRL before 1.15 has no fused head of its own in these trainers")
-def test_cpu_keeps_trls_own_fused_head() -> None:
+def test_who_serves_trls_fused_head() -> None:
     hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
-    assert not fused_head.measured_faster(hidden, weight, ("entropy",))
-    with torch.no_grad():
-        assert not fused_head.measured_faster(hidden, weight, ())
+    # Narrower than TRL's tile, so that TRL's would be all the logits at once: ours, differentiated or not
+    assert fused_head.ours_serves(hidden, weight, chunk_size=8, entropy_differentiated=True)
+    # Otherwise TRL's own stays where ours is not measured to be faster: on the CPU
+    assert not fused_head.ours_serves(hidden, weight, chunk_size=7, entropy_differentiated=False)
+    weight.ds_id = 0
+    assert not fused_head.ours_serves(hidden, weight, chunk_size=8, entropy_differentiated=False)
 
 
 def outcome(series: list[float], tensor: list[float]) -> Outcome:

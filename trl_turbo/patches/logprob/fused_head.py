@@ -1,7 +1,8 @@
 """TRL 1.15 and later: its trainers call a fused head of TRL's own, through one global.
 
 Ours takes that global's place where it measures faster (`docs/benchmarks.md`): on CUDA, with a frozen or a trained
-head, as long as no gradient flows through the entropy. Everywhere else TRL's own function is called, as it was.
+head, as long as no gradient flows through the entropy. It also does where TRL's tile would be the whole [N, V], which
+for up to 32,768 tokens of vocabulary it is. Everywhere else TRL's own function is called, as it was.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def _faster_of_both(original: Any) -> Any:
             logit_scale: float = 1.0,
             outputs: tuple[str, ...] = tuple(OUTPUTS)[1:],
         ) -> tuple[torch.Tensor | None, ...]:
-            if not measured_faster(hidden, weight, outputs):
+            differentiated = torch.is_grad_enabled() and "entropy" in outputs and entropy_has_gradient()
+            if not ours_serves(hidden, weight, chunk_size, differentiated):
                 return original.apply(
                     hidden,
                     weight,
@@ -89,6 +91,7 @@ def _faster_of_both(original: Any) -> Any:
                 softcap=final_logit_softcapping,
                 logit_scale=logit_scale,
                 outputs=wanted(outputs),
+                entropy_grad=differentiated,
             )
             squares = None
             if found.logsumexp is not None and found.logsumexp2 is not None:
@@ -98,12 +101,20 @@ def _faster_of_both(original: Any) -> Any:
     return FusedLogProb
 
 
-def measured_faster(hidden: torch.Tensor, weight: torch.Tensor, outputs: tuple[str, ...]) -> bool:
-    """Whether our kernel is the faster one for this call, by the committed benchmark."""
-    if hidden.device.type != "cuda" or hasattr(weight, "ds_id"):
+def ours_serves(hidden: torch.Tensor, weight: torch.Tensor, chunk_size: int, entropy_differentiated: bool) -> bool:
+    """Whether our kernel answers a call of TRL's function.
+
+    Args:
+        hidden: `[N, H]`.
+        weight: `[V, H]`.
+        chunk_size: Width of TRL's tile of logits.
+        entropy_differentiated: Whether a gradient flows through the entropy.
+    """
+    if hasattr(weight, "ds_id"):  # ZeRO-3: TRL gathers the head again in its backward, ours does not
         return False
-    # A gradient through the entropy costs us a recomputation too, and was not measured
-    return not torch.is_grad_enabled() or "entropy" not in outputs or not entropy_has_gradient()
+    # On CUDA, all but a differentiated entropy is in the committed benchmark; the CPU is not
+    faster = hidden.device.type == "cuda" and not entropy_differentiated
+    return faster or weight.shape[0] <= chunk_size
 
 
 # The trainers of TRL >= 1.15 ---------------------------------------------------------------------------------------

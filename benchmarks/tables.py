@@ -1,0 +1,87 @@
+"""Write the tables of docs/benchmarks.md from the committed JSON, or check that they are what it says.
+
+python -m benchmarks.tables            writes
+python -m benchmarks.tables --check    exits with 1 where the page and the JSON differ
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+CASES = {
+    "frozen": "Frozen head, forward and backward (log-probs with gradient, entropies without)",
+    "no_grad": "No gradient (log-probs and entropies)",
+    "trained": "Trained head, forward and backward",
+}
+# Peers that give what a trainer needs, a gradient for each token; the bars are against these
+JUDGED = ("trl", "liger_none", "liger_grpo")
+
+
+def linear_logprob() -> str:
+    """The section's tables, in Markdown."""
+    data = json.loads((RESULTS / "linear_logprob.json").read_text())
+    about = data["environment"]
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
+        f"{about['triton']}, TRL {about['trl']}, Liger {about['liger-kernel']}."
+    ]
+    for case, title in CASES.items():
+        rows = [row for row in data["results"] if row["case"] == case]
+        names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
+        lines += ["", f"{title}; the bar is {rows[0]['bar']}x:", ""]
+        lines.append(f"| N | H | {' | '.join(names)} | fastest peer / ours |")
+        lines.append("|---" * (len(names) + 3) + "|")
+        lines += [_row(row, names) for row in rows]
+    return "\n".join(lines)
+
+
+def _row(row: dict[str, Any], names: list[str]) -> str:
+    timings = row["timings"]
+    cells = [f"{row['n']:,}", f"{row['h']:,}"]
+    for name in names:
+        timing = timings.get(name)
+        extra = "" if name == "products" or timing is None else f" ({timing['extra_mib']:.0f})"
+        cells.append("-" if timing is None else f"{timing['median_ms']:.1f}{extra}")
+    fastest = min(timings[name]["median_ms"] for name in JUDGED if name in timings)
+    cells.append(f"{fastest / timings['trl_turbo']['median_ms']:.2f}x")
+    return f"| {' | '.join(cells)} |"
+
+
+SECTIONS = {"linear_logprob": linear_logprob}
+
+
+def rendered(page: str) -> str:
+    """The page with every marked section as the JSON has it.
+
+    Raises:
+        ValueError: A section's markers are missing.
+    """
+    for name, section in SECTIONS.items():
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if start not in page or end not in page:
+            raise ValueError(f"docs/benchmarks.md has no section between '{start}' and '{end}'; put the markers back.")
+        before, after = page.split(start)[0], page.split(end)[1]
+        page = f"{before}{start}\n{section()}\n{end}{after}"
+    return page
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or with `--check` say whether it differs."""
+    page = PAGE.read_text()
+    wanted = rendered(page)
+    if "--check" in arguments:
+        if page != wanted:
+            print("docs/benchmarks.md is not what the JSON says: run python -m benchmarks.tables", file=sys.stderr)
+        return int(page != wanted)
+    PAGE.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
