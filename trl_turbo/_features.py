@@ -10,6 +10,10 @@ from typing import Any
 PREFIX = "TRL_TURBO"
 #: What a feature's keyword and variable take beside on and off; each is a way to be on.
 WORDS: dict[str, tuple[str, ...]] = {"rollout": ("script",)}
+#: Features that are off unless asked for, and why, in the words of the report.
+OPT_IN: dict[str, str] = {
+    "rollout": "off by default until it is measured on a GPU; patch(rollout=True) or TRL_TURBO_ROLLOUT=1 turns it on"
+}
 #: Names that no feature may have: keywords of ``patch()`` and switches that mean something else.
 RESERVED = frozenset({"strict", "verbose", "plugins"})
 
@@ -85,6 +89,8 @@ class Switches:
             return Switch(on, "" if on else f"turned off by patch({feature}=False)", self._words.get(feature, ""))
         if said is False:
             return Switch(False, f"turned off by {variable}={self._environ[variable]} in the environment")
+        if feature in OPT_IN and said is None:
+            return Switch(False, OPT_IN[feature])
         return Switch(True, word=word)
 
     def _read(self, variable: str) -> bool | None:

@@ -30,13 +30,15 @@ def patch(
             later, raise from that import. What is turned off by a switch is no error.
         verbose: ``None`` logs one line to the logger ``trl_turbo``, ``True`` the table as well, ``False`` nothing.
         logprob: The fused log-prob in GRPO, RLOO, DPO, OnlineDPO and PPO.
-        rollout: Rollouts of GRPO, RLOO and OnlineDPO from a colocated vLLM that reads the trainer's own weights.
+        rollout: Rollouts of GRPO, RLOO and OnlineDPO from a colocated vLLM that reads the trainer's own weights. Off
+            unless asked for: it is proven on the CPU and not yet measured on a GPU.
             With ``use_vllm=False`` GRPO and RLOO are routed to it where vLLM is installed and the model can be shared;
             ``"script"`` leaves that choice to the script.
             ``TRL_TURBO_ROLLOUT_ADAPTER`` in the environment chooses how a LoRA adapter gets into them: ``merged``,
             ``served``, or ``auto``, which merges into a 16-bit base.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
-            ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default.
+            ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default (``rollout``
+            is off).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:

@@ -114,6 +114,17 @@ def test_a_word_is_a_way_to_be_on(target, new_session, core, monkeypatch):
         session.patch(rollout="vllm")
 
 
+def test_what_is_not_measured_yet_is_off_unless_asked_for(target, new_session, core, monkeypatch):
+    session = new_session(core.Plugin(core.make_patch(target.name, "rollout.one", "rollout")), features=("rollout",))
+    row = session.patch(strict=True)["rollout.one"]
+    assert row.status == "off"
+    assert row.reason.startswith("off by default until it is measured on a GPU")
+    assert session.patch(rollout=True)["rollout.one"].status == "pending"
+    monkeypatch.setenv("TRL_TURBO_ROLLOUT", "1")
+    assert session.patch()["rollout.one"].status == "pending"
+    assert session.patch(rollout=False)["rollout.one"].reason == "turned off by patch(rollout=False)"
+
+
 def test_public_patch_names_its_features():
     with pytest.raises(TypeError, match="no feature 'logprop'; did you mean 'logprob'"):
         trl_turbo.patch(logprop=True)

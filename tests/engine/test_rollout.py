@@ -26,7 +26,7 @@ def _one_process(monkeypatch):
 def patched():
     import trl_turbo
 
-    report = trl_turbo.patch(logprob=False, verbose=False)
+    report = trl_turbo.patch(logprob=False, rollout=True, verbose=False)
     yield report
     trl_turbo.unpatch()
 
@@ -214,7 +214,7 @@ def test_unpatched_trl_is_stock_again():
     import trl_turbo
 
     original = vllm_generation.VLLMGeneration.sync_weights
-    trl_turbo.patch(verbose=False)
+    trl_turbo.patch(rollout=True, verbose=False)
     assert issubclass(vllm_generation.LLM, vllm.LLM)
     assert vllm_generation.LLM is not vllm.LLM
     trl_turbo.unpatch()
