@@ -37,8 +37,8 @@ def patch(
             ``TRL_TURBO_ROLLOUT_ADAPTER`` in the environment chooses how a LoRA adapter gets into them: ``merged``,
             ``served``, or ``auto``, which merges into a 16-bit base.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
-            ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default (``rollout``
-            is off).
+            ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
+            (``rollout`` is off).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:
