@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from trl_turbo.compat.versions import unmet
 from trl_turbo.hookspecs import hookimpl
-from trl_turbo.patching import Patch, Replacement
+from trl_turbo.patches.lazy import late
+from trl_turbo.patching import Patch
 
 if TYPE_CHECKING:
     from trl_turbo.hookspecs import Env
@@ -18,105 +17,56 @@ if TYPE_CHECKING:
 TRL = "trl>=0.29.1,<1.17"
 WITHOUT_PPO = "trl>=1.13"
 WITH_FUSED_HEAD = "trl>=1.15"
+ONLINE_DPO = "trl.experimental.online_dpo.online_dpo_trainer"
+PPO = "trl.experimental.ppo.ppo_trainer"
 
 
-def _late(part: str, function: str, *args: Any) -> Callable[[ModuleType], Any]:
-    """A function of one of this package's modules, imported when called: they import torch."""
+def _patch(name: str, module: str, part: str, summary: str, *args: Any) -> Patch:
+    return Patch(
+        name=f"logprob.{name}",
+        feature="logprob",
+        module=module,
+        requires=(TRL,),
+        probe=late(__name__, part, "probe", *args),
+        build=late(__name__, part, "build", *args),
+        summary=summary,
+    )
 
-    def call(module: ModuleType) -> Any:
-        return getattr(importlib.import_module(f"{__name__}.{part}"), function)(module, *args)
 
-    return call
+def _trainer(name: str, trainer: str, part: str, summary: str, *args: Any) -> Patch:
+    """A trainer whose module either uses TRL's fused head (1.15 and later) or makes logits."""
 
+    def either(step: str) -> Callable[[ModuleType], Any]:
+        fused, plain = late(__name__, "fused_head", f"trainer_{step}", trainer), late(__name__, part, step, *args)
+        return lambda module: (fused if hasattr(module, "add_fused_lm_head") else plain)(module)
 
-def _either(old: str, trainer: str, *old_args: Any) -> tuple[Callable[..., str | None], Callable[..., Any]]:
-    """Probe and build of a trainer whose module either uses TRL's fused head (1.15 and later) or makes logits."""
-
-    def chosen(module: ModuleType, step: str) -> Any:
-        if hasattr(module, "add_fused_lm_head"):
-            return _late("fused_head", f"trainer_{step}", trainer)(module)
-        return _late(old, step, *old_args)(module)
-
-    def build(module: ModuleType) -> Iterable[Replacement]:
-        return chosen(module, "build")
-
-    return functools.partial(chosen, step="probe"), build
+    return Patch(
+        name=f"logprob.{name}",
+        feature="logprob",
+        module=f"trl.trainer.{name}_trainer",
+        requires=(TRL,),
+        probe=either("probe"),
+        build=either("build"),
+        summary=summary,
+    )
 
 
 @hookimpl
 def turbo_patches(env: Env) -> list[Patch]:
     """The log-prob patches that this version of TRL has a place for."""
-    patches = []
-    for name, trainer in (("grpo", "GRPOTrainer"), ("rloo", "RLOOTrainer")):
-        probe, build = _either("policy", trainer, trainer)
-        patches.append(
-            Patch(
-                name=f"logprob.{name}",
-                feature="logprob",
-                module=f"trl.trainer.{name}_trainer",
-                requires=(TRL,),
-                probe=probe,
-                build=build,
-                summary=f"{name.upper()} scores policy, old and reference passes without logits",
-            )
-        )
-    probe, build = _either("dpo", "DPOTrainer")
-    patches.append(
-        Patch(
-            name="logprob.dpo",
-            feature="logprob",
-            module="trl.trainer.dpo_trainer",
-            requires=(TRL,),
-            probe=probe,
-            build=build,
-            summary="DPO scores chosen, rejected and reference answers without logits",
-        )
-    )
-    patches.append(
-        Patch(
-            name="logprob.online_dpo",
-            feature="logprob",
-            module="trl.experimental.online_dpo.online_dpo_trainer",
-            requires=(TRL,),
-            probe=_late("online_dpo", "probe"),
-            build=_late("online_dpo", "build"),
-            summary="OnlineDPO scores policy and reference passes without logits",
-        )
-    )
-    patches.append(
-        Patch(
-            name="logprob.models",
-            feature="logprob",
-            module="accelerate.accelerator",
-            requires=(TRL,),
-            probe=_late("models", "probe"),
-            build=_late("models", "build"),
-            summary="causal language models score tokens in their own forward",
-        )
-    )
+    passes = "scores policy, old and reference passes without logits"
+    patches = [
+        _trainer("grpo", "GRPOTrainer", "policy", f"GRPO {passes}", "GRPOTrainer"),
+        _trainer("rloo", "RLOOTrainer", "policy", f"RLOO {passes}", "RLOOTrainer"),
+        _trainer("dpo", "DPOTrainer", "dpo", "DPO scores chosen, rejected and reference answers without logits"),
+        _patch("online_dpo", ONLINE_DPO, "online_dpo", "OnlineDPO scores policy and reference passes without logits"),
+        _patch("models", "accelerate.accelerator", "models", "causal language models score in their own forward"),
+    ]
     # A trainer or a global that this TRL does not have is left out: a row would say nothing, and strict would raise
     if unmet((WITHOUT_PPO,), env.versions) is not None:
-        patches.append(
-            Patch(
-                name="logprob.ppo",
-                feature="logprob",
-                module="trl.experimental.ppo.ppo_trainer",
-                requires=(TRL,),
-                probe=_late("ppo", "probe"),
-                build=_late("ppo", "build"),
-                summary="PPO scores policy and reference passes without logits, and rollouts without a stack of scores",
-            )
-        )
+        summary = "PPO scores policy and reference passes without logits, and rollouts without a stack of scores"
+        patches.append(_patch("ppo", PPO, "ppo", summary))
     if unmet((WITH_FUSED_HEAD,), env.versions) is None:
-        patches.append(
-            Patch(
-                name="logprob.fused_head",
-                feature="logprob",
-                module="trl.trainer.utils",
-                requires=(TRL,),
-                probe=_late("fused_head", "probe"),
-                build=_late("fused_head", "build"),
-                summary="TRL's fused head runs our kernel where that measures faster",
-            )
-        )
+        summary = "TRL's fused head runs our kernel where that measures faster, or keeps TRL's from making all logits"
+        patches.append(_patch("fused_head", "trl.trainer.utils", "fused_head", summary))
     return patches
