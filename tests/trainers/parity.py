@@ -126,6 +126,7 @@ def check(case: Case, notes: tuple[str, ...] = (), *, late: bool = False) -> Pat
     with patched() as path:
         ours = train(trainer or build(case))
     path.assert_ours(notes)
+    assert any(ours.series["norm of the gradient"]), "no step was taken, or none had a gradient"
     assert_same(plain, ours, perturbed, case.dtype)
     return path
 
