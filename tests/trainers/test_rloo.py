@@ -20,7 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
     "accumulation-unaligned": {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "max_steps": 2},
     "mask-truncated": {"mask_truncated_completions": True},
-    "normalized": {"normalize_advantages": True, "reward_clip_range": (-1.0, 1.0)},
+    "normalized": {"normalize_advantages": True, "reward_clip_range": (1.8, 2.2)},
     "sync-ref": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5, "beta": 0.1},
     "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "num_generations_eval": 2, "max_steps": 2},
 }
