@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trl_turbo.patches.logprob.pending import ADVICE, UnsupportedLogitsOp, refusing, scalar
+from trl_turbo.patches.logprob.request import IGNORED
 
 # What `cross_entropy` means where it is a mean over positions that all count
 _PLAIN_MEAN = {
@@ -66,14 +67,17 @@ class ScoredLogits:
 
     # What trainers ask -------------------------------------------------------------------------------------------
     def log_probs_of(self, index: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities `[B, T]` of the known targets; `index` `[B, T]` must be these targets."""
+        """Log-probabilities `[B, T]` of the known targets; NaN where `index` `[B, T]` names another token."""
         log_probs = self._get("log_probs")
         if index.shape != log_probs.shape:
             raise UnsupportedLogitsOp(
                 f"log-probabilities of shape {tuple(index.shape)} were asked where the fused head scored "
                 f"{tuple(log_probs.shape)}; {ADVICE}."
             )
-        return log_probs.clone()  # TRL zeroes masked positions of the result in place
+        targets = self.stats["targets"]
+        # Another token than the one that was scored has no known value. NaN says so without waiting for the device
+        known = (index == targets) | (targets == IGNORED)
+        return torch.where(known, log_probs, torch.nan)
 
     def entropy(self) -> torch.Tensor:
         """Entropy `[B, T]` of each next-token distribution, in nats."""
