@@ -10,7 +10,7 @@ from typing import Any
 from trl_turbo.patches.logprob import liger
 from trl_turbo.patches.logprob.functions import replacements
 from trl_turbo.patches.logprob.hook import hook_models
-from trl_turbo.patches.logprob.request import Request, masked_targets, scoring, trainer_is_sharded
+from trl_turbo.patches.logprob.request import Request, left_to_trl, masked_targets, scoring
 from trl_turbo.patching import Replacement
 from trl_turbo.report import note
 
@@ -40,9 +40,7 @@ def build(module: ModuleType) -> Iterator[Replacement]:
 
 
 def _request(trainer: Any, inputs: dict[str, Any], outputs: tuple[str, ...]) -> Request | None:
-    reason = trainer_is_sharded(trainer)
-    if reason:
-        note("logprob", f"{type(trainer).__name__}: {reason}; TRL's own path is used, with full logits")
+    if left_to_trl(trainer):
         return None
     if getattr(trainer, "use_liger_kernel", False):
         liger.say(trainer)

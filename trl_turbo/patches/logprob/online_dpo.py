@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from trl_turbo.compat.signatures import misfit
 from trl_turbo.patches.logprob.hook import hook_models
-from trl_turbo.patches.logprob.request import Request, completion_targets, scoring, trainer_is_sharded
+from trl_turbo.patches.logprob.request import Request, completion_targets, left_to_trl, scoring
 from trl_turbo.patching import Replacement
-from trl_turbo.report import note
 
 FIRST = ("self", "model", "prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
 def probe(module: ModuleType) -> str | None:
     """Why the module does not fit, or `None`."""
-    method = getattr(getattr(module, "OnlineDPOTrainer", None), "_forward", None)
-    if method is None:
-        return f"{module.__name__} has no OnlineDPOTrainer._forward"
-    found = tuple(inspect.signature(method).parameters)[: len(FIRST)]
-    return None if found == FIRST else f"OnlineDPOTrainer._forward takes {found}, not {FIRST}"
+    owner = getattr(module, "OnlineDPOTrainer", None)
+    return f"{module.__name__} has no OnlineDPOTrainer" if owner is None else misfit(owner, {"_forward": FIRST})
 
 
 def build(module: ModuleType) -> Iterator[Replacement]:
@@ -38,9 +34,7 @@ def _scored(original: Callable[..., Any]) -> Callable[..., Any]:
         def run() -> Any:
             return original(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, *args)
 
-        reason = trainer_is_sharded(self)
-        if reason:
-            note("logprob", f"OnlineDPO: {reason}; TRL's own path is used, with full logits")
+        if left_to_trl(self):
             return run()
         hook_models(model)
         # The trainer's KL and entropy metrics sum over padding too, so padding is scored like the rest

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from trl_turbo.compat.signatures import misfit
 from trl_turbo.patches.logprob import liger
 from trl_turbo.patches.logprob.functions import replacements
 from trl_turbo.patches.logprob.hook import hook_models
-from trl_turbo.patches.logprob.request import Request, completion_targets, scoring, trainer_is_sharded
+from trl_turbo.patches.logprob.request import Request, completion_targets, left_to_trl, scoring
 from trl_turbo.patching import Replacement
-from trl_turbo.report import note
 
 FIRST = ("self", "model", "input_ids", "attention_mask", "logits_to_keep")
 
@@ -28,12 +28,9 @@ def probe(module: ModuleType, trainer_name: str) -> str | None:
     trainer = getattr(module, trainer_name, None)
     if trainer is None:
         return f"{module.__name__} has no {trainer_name}"
-    method = getattr(trainer, method_name(trainer), None)
-    if method is None:
-        return f"{trainer_name} has no {method_name(trainer)}"
-    found = tuple(inspect.signature(method).parameters)[: len(FIRST)]
-    if found != FIRST:
-        return f"{trainer_name}.{method_name(trainer)} takes {found}, not {FIRST}"
+    reason = misfit(trainer, {method_name(trainer): FIRST})
+    if reason is not None:
+        return reason
     if not hasattr(module, "selective_log_softmax"):
         return f"{module.__name__} no longer uses selective_log_softmax"
     return None
@@ -57,9 +54,7 @@ def _scored(original: Callable[..., Any]) -> Callable[..., Any]:
         def run() -> Any:
             return original(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
-        reason = trainer_is_sharded(self)
-        if reason:
-            note("logprob", f"{type(self).__name__}: {reason}; TRL's own path is used, with full logits")
+        if left_to_trl(self):
             return run()
         asked = signature.bind(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs).arguments
         hook_models(model)

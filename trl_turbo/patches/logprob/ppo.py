@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from trl_turbo.compat.signatures import misfit
 from trl_turbo.patches.logprob.functions import replacements
 from trl_turbo.patches.logprob.hook import hook_models
 from trl_turbo.patches.logprob.output import FusedCausalLMOutput
-from trl_turbo.patches.logprob.request import Request, masked_targets, scoring, trainer_is_sharded
+from trl_turbo.patches.logprob.request import Request, left_to_trl, masked_targets, scoring
 from trl_turbo.patches.logprob.scored import ScoredLogits
 from trl_turbo.patching import Replacement
-from trl_turbo.report import note
 
 SIGNATURES = {
     "forward": ("model", "query_responses", "pad_token_id"),
@@ -44,13 +44,9 @@ _RUN: ContextVar[_Run | None] = ContextVar("trl_turbo_ppo_run", default=None)
 
 def probe(module: ModuleType) -> str | None:
     """Why the module does not fit, or `None`."""
-    for name, first in SIGNATURES.items():
-        function = getattr(module, name, None)
-        if function is None:
-            return f"{module.__name__} has no {name}"
-        found = tuple(inspect.signature(function).parameters)[: len(first)]
-        if found != first:
-            return f"{module.__name__}.{name} takes {found}, not {first}"
+    reason = misfit(module, SIGNATURES)
+    if reason is not None:
+        return reason
     if not hasattr(getattr(module, "PPOTrainer", None), "train"):
         return f"{module.__name__} has no PPOTrainer.train"
     from transformers import GenerationMixin
@@ -72,9 +68,7 @@ def build(module: ModuleType) -> Iterator[Replacement]:
 def _in_run(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        reason = trainer_is_sharded(self)
-        if reason:
-            note("logprob", f"PPO: {reason}; TRL's own path is used, with full logits")
+        if left_to_trl(self):
             return original(self, *args, **kwargs)
         hook_models(self.model, self.ref_model)
         token = _RUN.set(_Run(temperature=self.args.temperature + 1e-7))  # as TRL divides

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from trl_turbo.report import note
+
 IGNORED = -100
 
 # input_ids [B, L], attention_mask [B, L] or None -> the token each position is asked about [B, L], -100 for none
@@ -100,11 +102,15 @@ def masked_targets(labels: torch.Tensor, mask: torch.Tensor) -> Targets:
     return lambda *_: fixed
 
 
-def trainer_is_sharded(trainer: Any) -> str:
-    """Why the trainer's parameters are not whole on this process, or an empty string."""
-    if getattr(trainer, "is_fsdp_enabled", False):
-        return "the parameters are sharded by FSDP"
+def left_to_trl(trainer: Any) -> bool:
+    """Whether the parameters are sharded, so that TRL's own path is used; the report then says so."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and getattr(plugin, "zero_stage", 0) == 3:
-        return "the parameters are sharded by DeepSpeed ZeRO-3"
-    return ""
+    if getattr(trainer, "is_fsdp_enabled", False):
+        owner = "FSDP"
+    elif plugin is not None and getattr(plugin, "zero_stage", 0) == 3:
+        owner = "DeepSpeed ZeRO-3"
+    else:
+        return False
+    name = type(trainer).__name__
+    note("logprob", f"{name}: the parameters are sharded by {owner}; TRL's own path is used, with full logits")
+    return True

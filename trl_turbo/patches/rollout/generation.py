@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from trl_turbo.compat.signatures import misfit
 from trl_turbo.engine.serving import Trainee, serving
 from trl_turbo.engine.sizing import Work
 from trl_turbo.patches.rollout.release import ids_only, refresh
@@ -30,13 +31,9 @@ def probe(module: ModuleType) -> str | None:
     owner = getattr(module, "VLLMGeneration", None)
     if owner is None:
         return f"{module.__name__} has no VLLMGeneration"
-    for name, wanted in METHODS.items():
-        method = getattr(owner, name, None)
-        if method is None:
-            return f"VLLMGeneration has no {name}"
-        found = tuple(inspect.signature(method).parameters)[: len(wanted)]
-        if found != wanted:
-            return f"VLLMGeneration.{name} takes {found}, not {wanted}"
+    reason = misfit(owner, METHODS)
+    if reason is not None:
+        return reason
     missing = [name for name in ATTRIBUTES if name not in inspect.signature(owner.__init__).parameters]
     return f"VLLMGeneration takes no {missing[0]}" if missing else None
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from trl_turbo.compat.signatures import misfit
 from trl_turbo.engine.serving import Trainee, serving
 from trl_turbo.engine.sizing import Work
 from trl_turbo.patches.rollout.generation import llm_moved, turbo_llm
@@ -28,14 +28,7 @@ def probe(module: ModuleType) -> str | None:
     owner = getattr(module, "OnlineDPOTrainer", None)
     if owner is None:
         return f"{module.__name__} has no OnlineDPOTrainer"
-    for name, wanted in METHODS.items():
-        method = getattr(owner, name, None)
-        if method is None:
-            return f"OnlineDPOTrainer has no {name}"
-        found = tuple(inspect.signature(method).parameters)[: len(wanted)]
-        if found != wanted:
-            return f"OnlineDPOTrainer.{name} takes {found}, not {wanted}"
-    return None
+    return misfit(owner, METHODS)
 
 
 def build(module: ModuleType) -> Iterator[Replacement]:
