@@ -22,6 +22,8 @@ from trl_turbo.engine.sizing import Plan
 _GIB = 1 << 30
 #: How an adapter gets into a rollout: `merged`, `served` or `auto`.
 ADAPTER_VARIABLE = "TRL_TURBO_ROLLOUT_ADAPTER"
+#: Set to 0, every token passes through vLLM's scheduler by itself; see `burst`.
+BURST_VARIABLE = "TRL_TURBO_ROLLOUT_BURST"
 
 
 _MERGED = (
@@ -118,6 +120,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         # vLLM has no sleep mode on a CPU and refuses to start with it; ours gives up nothing there. Compiling would
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
+    kwargs |= _bursts(kwargs, on_gpu)
     return Start(trainee, kwargs, weights, sizes, served, merges, can_release=kwargs["enable_sleep_mode"])
 
 
@@ -133,9 +136,26 @@ def _merges(dtype: torch.dtype) -> bool:
 def _on_gpu(kwargs: dict[str, Any], free: int, total: int) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
-    from trl_turbo.engine.worker import QUALNAME
-
     # vLLM refuses to start where this share of the device is not free, though `kv_cache_memory_bytes` sets the size.
     share = min(kwargs.get("gpu_memory_utilization", 0.9), 0.95 * free / total)
     can_sleep = bool(current_platform.is_sleep_mode_available())
-    return {"worker_cls": QUALNAME, "enable_sleep_mode": can_sleep, "gpu_memory_utilization": share}
+    return {"enable_sleep_mode": can_sleep, "gpu_memory_utilization": share}
+
+
+def _bursts(kwargs: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
+    """Our worker, and the scheduler of bursts unless something in the script's settings is not made for it."""
+    if on_gpu:
+        from trl_turbo.engine.worker import QUALNAME
+    else:
+        from trl_turbo.engine.cpu_worker import QUALNAME
+    chosen: dict[str, Any] = {"worker_cls": QUALNAME}
+    if os.environ.get(BURST_VARIABLE, "").strip() == "0" or kwargs.get("speculative_config"):
+        return chosen
+    if kwargs.get("scheduler_cls") or (on_gpu and kwargs.get("async_scheduling") is False):
+        return chosen
+    from trl_turbo.engine.burst import AsyncBurstScheduler, BurstScheduler
+
+    # Which one vLLM would take: it schedules ahead on a GPU, and on a CPU it cannot
+    chosen["scheduler_cls"] = AsyncBurstScheduler if on_gpu else BurstScheduler
+    chosen["async_scheduling"] = on_gpu
+    return chosen

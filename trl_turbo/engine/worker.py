@@ -1,4 +1,4 @@
-"""The GPU worker of a shared engine: vLLM's own, save that sleeping gives up the KV cache alone."""
+"""The GPU worker of a shared engine: vLLM's own, save that sleeping gives up the KV cache alone and bursts are run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
+from trl_turbo.engine.burst import Executes
+
 #: What `worker_cls` takes.
 QUALNAME = f"{__name__}.SharedWorker"
 
 
-class SharedWorker(Worker):
+class SharedWorker(Executes, Worker):
     """Keeps the weights out of the pool that sleep mode empties.
 
     vLLM puts all that `load_model` allocates into the pool `weights`, which level 1 copies to the host and level 2
