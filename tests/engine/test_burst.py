@@ -1,4 +1,4 @@
-"""Bursts give what single steps give: the same tokens and log-probs, the same stops, queued and preempted requests too."""
+"""Bursts give what single steps give: tokens, log-probs and stops, with requests that queue and are preempted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from tests.engine.models import saved
 
 pytestmark = pytest.mark.vllm
 
-PROMPTS = [[11, 12, 13, 14, 15], [40, 41, 42], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [90, 91], [33] * 21, [60, 61, 62]]
+PROMPTS = [
+    [11, 12, 13, 14, 15],
+    [40, 41, 42],
+    [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17],
+    [90, 91],
+    [33] * 21,
+    [60, 61, 62],
+]
 
 
 def sampled(llm, **settings):

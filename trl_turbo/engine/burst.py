@@ -45,7 +45,7 @@ class Burst(SchedulerOutput):
         first = SchedulerOutput(**{**whole, "num_scheduled_tokens": each, "total_num_scheduled_tokens": len(each)})
         yield first
         # What happens once happens in the first: requests that ended, blocks that are new
-        once = {"finished_req_ids": set(), "free_encoder_mm_hashes": []}
+        once: dict[str, Any] = {"finished_req_ids": set(), "free_encoder_mm_hashes": []}
         for name in ("preempted_req_ids", "new_block_ids_to_zero", "kv_cache_block_copies"):
             if name in whole:
                 once[name] = None
@@ -131,23 +131,38 @@ class AsyncBurstScheduler(_Schedules, AsyncScheduler):
 class Executes:
     """A worker of vLLM's that takes bursts; goes before the worker's class."""
 
+    _whole: Any = None
     _before: tuple[Any, ...] = ()
+
+    def lean_steps(self) -> Any:
+        """A :class:`trl_turbo.engine.lean.LeanSteps` for this worker's runner, or `None`."""
+        return None
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run the model; of a burst, all but the last step's sampling."""
         run = super().execute_model  # type: ignore[misc]
         if not isinstance(scheduler_output, Burst):
             return run(scheduler_output)
+        steps = scheduler_output.steps()
+        first, lean = next(steps), self.lean_steps()
+        if lean is None:
+            run(first)
+        else:
+            self._whole = lean.run(lambda: run(first), scheduler_output.tokens)
+            if self._whole is not None:
+                return None
         outputs = []
-        *earlier, last = scheduler_output.steps()
-        for step in earlier:
-            run(step)
+        for step in steps:
             outputs.append(super().sample_tokens(None))  # type: ignore[misc]
+            run(step)
         self._before = tuple(outputs)
-        return run(last)
+        return None
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample what :meth:`execute_model` ran, and give a burst's tokens back together."""
+        whole, self._whole = self._whole, None
+        if whole is not None:
+            return whole
         before, self._before = self._before, ()
         last = super().sample_tokens(grammar_output)  # type: ignore[misc]
         if not before:
@@ -167,10 +182,11 @@ class _Together(AsyncModelRunnerOutput):
         steps = [o.get_output() if isinstance(o, AsyncModelRunnerOutput) else o for o in self._outputs]
         first, last = steps[0], steps[-1]
         # [steps, requests, 1] to [requests, steps]
-        tokens = [[ids[0] for ids in of_request] for of_request in zip(*(s.sampled_token_ids for s in steps), strict=True)]
+        by_request = zip(*(s.sampled_token_ids for s in steps), strict=True)
+        tokens = [[ids[0] for ids in one] for one in by_request]
         logprobs = _joined([s.logprobs for s in steps]) if last.logprobs is not None else None
         if any(s.req_ids != first.req_ids for s in steps):
-            raise RuntimeError("vLLM changed the order of its batch inside a burst; set TRL_TURBO_ROLLOUT_BURST=0 and report it")
+            raise RuntimeError("vLLM reordered its batch inside a burst; set TRL_TURBO_ROLLOUT_BURST=0 and report it")
         return replace(last, sampled_token_ids=tokens, logprobs=logprobs)
 
 

@@ -1,4 +1,4 @@
-"""The CPU worker of a shared engine: vLLM's own, and bursts are run. Apart from `worker`, so that neither imports the other's."""
+"""The CPU worker of a shared engine: vLLM's own, and bursts are run."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from trl_turbo.engine.burst import Executes
 QUALNAME = f"{__name__}.SharedCPUWorker"
 
 
-class SharedCPUWorker(Executes, CPUWorker):  # type: ignore[misc]
+class SharedCPUWorker(Executes, CPUWorker):
     """Takes bursts, and is vLLM's in the rest."""

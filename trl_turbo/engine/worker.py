@@ -8,6 +8,8 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 
 from trl_turbo.engine.burst import Executes
+from trl_turbo.engine.lean import LeanSteps, unfit
+from trl_turbo.report import note
 
 #: What `worker_cls` takes.
 QUALNAME = f"{__name__}.SharedWorker"
@@ -23,6 +25,19 @@ class SharedWorker(Executes, Worker):
     """
 
     graph_bytes = 0
+    _lean: Any = None
+    _lean_asked = False
+
+    def lean_steps(self) -> Any:
+        """Settled at the first burst, when the graphs are there."""
+        if not self._lean_asked:
+            self._lean_asked = True
+            reason = unfit(self.model_runner)
+            if reason is None:
+                self._lean = LeanSteps(self.model_runner)
+            else:
+                note("rollout", f"every token is prepared anew, which is slower: {reason}")
+        return self._lean
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's; keeps what it measures while it captures CUDA graphs."""
