@@ -105,3 +105,54 @@ def test_the_cache_goes_and_comes_back_and_the_weights_stay(tmp_path, turbo):
     assert gap.reason is None, gap
     assert abs(free() - awake) < 0.1 * (1 << 30)
     assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def sampled(llm, **settings):
+    """Token ids and log-probs of eight sequences that stay together."""
+    import vllm
+
+    params = vllm.SamplingParams(
+        **{"max_tokens": 90, "ignore_eos": True, "logprobs": 0, "detokenize": False, **settings}
+    )
+    prompts = [{"prompt_token_ids": [(7 * i + 13 * row) % 200 + 8 for i in range(20)]} for row in range(8)]
+    outputs = [o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)]
+    ids = [list(o.token_ids) for o in outputs]
+    return ids, torch.tensor([[s[t].logprob for s, t in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs])
+
+
+def test_bursts_give_what_single_steps_give(tmp_path, turbo, monkeypatch):
+    from trl_turbo.engine import burst, lean
+    from trl_turbo.engine.sizing import Work
+
+    model, _ = prepared(tmp_path, adapter=False)
+    llm = turbo(model, work=Work(8, 90, 20), max_num_seqs=8, max_model_len=128)
+    assert llm.shared is not None, llm.declined
+    lengths = []
+    run = lean.LeanSteps.run
+    monkeypatch.setattr(lean.LeanSteps, "run", lambda self, first, n: (lengths.append(n), run(self, first, n))[1])
+    ways = ({"temperature": 0.0}, {"temperature": 1.0, "seed": 5}, {"temperature": 0.7, "seed": 6, "top_k": 20})
+    in_bursts = [sampled(llm, **way) for way in ways]
+    assert lengths.count(burst.TOKENS) >= 3 * 4
+    lengths.clear()
+    monkeypatch.setattr(burst, "TOKENS", 1)
+    monkeypatch.setattr(burst, "TOKENS_WITH_QUEUE", 1)
+    one_by_one = [sampled(llm, **way) for way in ways]
+    assert not lengths
+    for (ids, logps), (ids_1, logps_1) in zip(in_bursts, one_by_one, strict=True):
+        assert ids == ids_1
+        torch.testing.assert_close(logps, logps_1, rtol=0, atol=32 * 2**-23)
+
+
+def test_a_stop_inside_a_burst_is_the_last_token(tmp_path, turbo):
+    import vllm
+
+    model, _ = prepared(tmp_path, adapter=False)
+    llm = turbo(model)
+    params = vllm.SamplingParams(
+        temperature=1.0, max_tokens=200, stop_token_ids=list(range(100, 110)), detokenize=False
+    )
+    outputs = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": [9, 10, 11]}] * 12, params, use_tqdm=False)]
+    for output in outputs:  # 12 requests, 4 at a time
+        stops = [100 <= token < 110 for token in output.token_ids]
+        assert output.finish_reason == "stop"
+        assert stops.index(True) == len(stops) - 1

@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from trl_turbo.kernels.token_logprob import token_logprob
 
 _RUNNER = "vllm.v1.worker.gpu.model_runner"
 #: What is called here, with its parameters in vLLM 0.26.
@@ -41,6 +44,17 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "sample": ("hidden_states", "input_batch", "grammar_output"),
     "postprocess_sampled": ("idx_mapping", "sampled_tokens", "num_sampled", "num_rejected", "query_start_loc"),
 }
+_SAMPLER: dict[str, tuple[str, ...]] = {
+    "sample": (
+        "logits",
+        "expanded_idx_mapping",
+        "idx_mapping_np",
+        "pos",
+        "input_ids",
+        "expanded_local_pos",
+        "return_logprobs",
+    ),
+}
 
 
 def unfit(runner: Any) -> str | None:
@@ -49,7 +63,7 @@ def unfit(runner: Any) -> str | None:
     if kind.__module__ != _RUNNER:
         return f"{kind.__module__}.{kind.__qualname__} is not vLLM's second GPU runner"
     module = inspect.getmodule(kind)
-    for owner, names in ((module, _EXPECTED), (kind, _METHODS)):
+    for owner, names in ((module, _EXPECTED), (kind, _METHODS), (type(runner.sampler), _SAMPLER)):
         for name, wanted in names.items():
             found = getattr(owner, name, None)
             given = tuple(inspect.signature(found).parameters) if found is not None else ()
@@ -154,7 +168,7 @@ class LeanSteps:
     def _output(self, batch: Any, sampled: list[Any]) -> Any:
         runner, tokens, last = self._runner, len(sampled), sampled[-1]
         logprobs = _joined([o.logprobs_tensors for o in sampled]) if last.logprobs_tensors is not None else None
-        together = type(last)(
+        together = SamplerOutput(
             sampled_token_ids=torch.cat([o.sampled_token_ids for o in sampled], dim=1),  # [requests, steps]
             logprobs_tensors=logprobs,
             num_nans=last.num_nans,
@@ -164,7 +178,7 @@ class LeanSteps:
         output = ModelRunnerOutput(
             req_ids=batch.req_ids,
             req_id_to_index={name: i for i, name in enumerate(batch.req_ids)},
-            sampled_token_ids=None,  # type: ignore[arg-type]
+            sampled_token_ids=None,
         )
         return self._kernels.AsyncOutput(
             model_runner_output=output,
@@ -173,6 +187,11 @@ class LeanSteps:
             main_stream=runner.main_stream,
             copy_stream=runner.output_copy_stream,
         )
+
+
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> LogprobsTensors:
+    logps, ranks = token_logprob(logits, tokens)
+    return LogprobsTensors(tokens.unsqueeze(-1), logps.unsqueeze(-1), ranks)
 
 
 def _joined(steps: list[LogprobsTensors]) -> LogprobsTensors:
