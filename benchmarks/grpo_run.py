@@ -1,0 +1,185 @@
+"""One GRPO training in a process of its own, for `benchmarks.grpo`: prints one line of JSON after `RESULT`.
+
+Fixed lengths, so that every contestant does the same work. The script is TRL's; `--before` runs ahead of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import threading
+import time
+from typing import Any
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a model with its tokenizer")
+    parser.add_argument("--before", default="", help="Python that runs before TRL is imported")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--completion", type=int, default=512)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=1, help="prompts of a step")
+    parser.add_argument("--micro", type=int, default=8, help="sequences of a micro-batch")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapter; 0 trains all weights")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--share", type=float, default=0.1, help="vllm_gpu_memory_utilization")
+    parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--liger", action="store_true")
+    return parser.parse_args()
+
+
+class Peak:
+    """The highest memory that the driver reports in use, over what it reported at first, in bytes."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._info = torch.cuda.mem_get_info
+        torch.cuda.init()
+        self._base = self._used()
+        self.bytes = 0
+        self._running = True
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _used(self) -> int:
+        free, total = self._info()
+        return total - free
+
+    def now(self) -> int:
+        return self._used() - self._base
+
+    def _watch(self) -> None:
+        while self._running:
+            self.bytes = max(self.bytes, self.now())
+            time.sleep(0.005)
+
+    def stop(self) -> int:
+        self._running = False
+        return self.bytes
+
+
+def prompts(tokenizer: Any, length: int) -> list[str]:
+    """Texts of `length` tokens."""
+    texts = []
+    for seed in range(64):
+        words = " ".join(f"item{(7 * seed + j) % 900}" for j in range(length))
+        texts.append(tokenizer.decode(tokenizer(words)["input_ids"][:length]))
+    return texts
+
+
+def odd_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that random weights vary in."""
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def main() -> None:
+    args = arguments()
+    exec(args.before)
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    peak = Peak()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    extra: dict[str, Any] = {}
+    if args.load_in_4bit:
+        extra["device_map"] = {"": 0}
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+
+    step_times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            step_times.append(time.perf_counter() - self.begin)
+
+    config = GRPOConfig(
+        output_dir="/tmp/trl_turbo_bench",
+        per_device_train_batch_size=args.micro,
+        gradient_accumulation_steps=max(1, args.group * args.prompts // args.micro),
+        num_generations=args.group,
+        max_completion_length=args.completion,
+        max_steps=args.steps,
+        learning_rate=args.learning_rate,
+        bf16=True,
+        gradient_checkpointing=True,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        generation_kwargs={"ignore_eos": True},
+        disable_tqdm=True,
+        seed=1,
+        use_liger_kernel=args.liger,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=args.share,
+        vllm_max_model_length=args.prompt + args.completion + 16,
+    )
+    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, **extra),
+        reward_funcs=odd_tokens,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": prompts(tokenizer, args.prompt)}),
+        processing_class=tokenizer,
+        peft_config=lora if args.rank else None,
+        callbacks=[Clock()],
+    )
+    rollouts: list[float] = []
+    generate = trainer._generate_single_turn
+
+    def timed(*given: Any, **named: Any) -> Any:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        result = generate(*given, **named)
+        torch.cuda.synchronize()
+        rollouts.append(time.perf_counter() - begin)
+        return result
+
+    trainer._generate_single_turn = timed
+    loaded = peak.now()
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    top = peak.stop()
+    half = args.steps // 2  # the first ones compile and warm up
+    step, rollout = statistics.median(step_times[half:]), statistics.median(rollouts[half:])
+    llm = trainer.vllm_generation.llm
+    shared = getattr(llm, "shared", None)
+    history = trainer.state.log_history
+    gaps = [entry[name] for entry in history for name in entry if name.endswith("sampling_logp_difference/mean")]
+    result = {
+        "peak_gb": top / 2**30,
+        "loaded_gb": loaded / 2**30,
+        "torch_gb": torch.cuda.max_memory_allocated() / 2**30,
+        "step_s": step,
+        "rollout_s": rollout,
+        "train_s": step - rollout,
+        "tokens_s": args.group * args.prompts * args.completion / rollout,
+        "steps_s": step_times,
+        "rollouts_s": rollouts,
+        "logp_gap_largest": max(gaps, default=None),
+        "logp_gap_last": gaps[-1] if gaps else None,
+        "loss": [entry["loss"] for entry in history if "loss" in entry][:4],
+        "memory": shared.memory_report().to_dict() if shared is not None else None,
+    }
+    print("RESULT " + json.dumps(result), flush=True)
+    os._exit(0)  # vLLM's teardown takes longer than some of these runs
+
+
+if __name__ == "__main__":
+    main()
