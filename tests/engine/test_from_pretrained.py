@@ -294,7 +294,9 @@ def test_defaults_are_those_of_the_generation_config(fast, monkeypatch):
 @pytest.mark.parametrize("way", ["served", "merged"])
 def test_an_adapter_that_comes_later_is_used_and_one_that_goes_is_not(way, fast, monkeypatch):
     monkeypatch.setenv("TRL_TURBO_ROLLOUT_ADAPTER", way)
-    monkeypatch.setattr("trl_turbo.engine.merged.LOG_SHARE", 9)  # a float32 base loses much to rounding, and is put back
+    monkeypatch.setattr(
+        "trl_turbo.engine.merged.LOG_SHARE", 9
+    )  # a float32 base loses much to rounding, and is put back
     model = wrapped(fast.model)
     assert agrees(model)
     assert (fast.llm.shared.fold is not None) == (way == "merged")

@@ -55,8 +55,8 @@ class FastGenerate:
 
         Args:
             prompts: A text, a chat (a list of messages) or token ids, or a list of such.
-            sampling_params: `vllm.SamplingParams`, one or one a prompt; `None` takes those of `model.generation_config`,
-                as vLLM does.
+            sampling_params: `vllm.SamplingParams`, one or one a prompt; `None` takes what `model.generation_config`
+                says, as vLLM does.
             **kwargs: Further arguments of `vllm.LLM.generate`.
 
         Returns:
@@ -119,9 +119,7 @@ def _prompt(prompt: Any, tokenizer: Any) -> Any:
     if _is_ids(prompt):
         return {"prompt_token_ids": list(prompt)}
     if _is_chat(prompt):
-        ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
         return {"prompt_token_ids": list(ids)}
     shown = repr(prompt)
     raise TypeError(f"a prompt is {shown if len(shown) < 60 else shown[:57] + '...'}; {_EXPECTED}")

@@ -60,7 +60,11 @@ class Engine:
         gc.collect()  # an engine of a dead model, collected after this start, would end the new one's process groups
         from trl_turbo.engine.llm import TurboLLM
 
-        given = {"model": self.name, "logprobs_mode": "processed_logprobs", **self.llm_kwargs}  # what TRL's trainers read
+        given = {
+            "model": self.name,
+            "logprobs_mode": "processed_logprobs",
+            **self.llm_kwargs,
+        }  # what TRL's trainers read
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             given["distributed_executor_backend"] = "external_launcher"  # one engine a process, as TRL starts them
         length = given.get("max_model_len") or TOKENS
@@ -91,8 +95,8 @@ def without_values(name: str, dtype: torch.dtype | str, kwargs: Mapping[str, Any
     unknown = sorted(set(kwargs) - set(_SOURCE) - set(_MODEL))
     if unknown:
         raise TypeError(
-            f"{unknown[0]} is for transformers' loading, and with fast_inference=True vLLM loads the model; leave it out "
-            "or set fast_inference=False"
+            f"{unknown[0]} is for transformers' loading, and with fast_inference=True vLLM loads the model; leave it "
+            "out or set fast_inference=False"
         )
     source = {key: value for key, value in kwargs.items() if key in _SOURCE}
     settings = {key: value for key, value in kwargs.items() if key in _MODEL}
@@ -113,7 +117,7 @@ def without_values(name: str, dtype: torch.dtype | str, kwargs: Mapping[str, Any
 
 
 def _dtype(config: Any, dtype: torch.dtype | str) -> torch.dtype:
-    found = dtype
+    found: Any = dtype
     if found == "auto":
         found = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     if isinstance(found, str):

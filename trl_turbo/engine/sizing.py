@@ -138,8 +138,8 @@ def shortfalls(
     wanted = min(work.sequences, max_num_seqs) * min(longest, max_model_len)
     if wanted > cached_tokens:
         sentences.append(
-            f"the KV cache of the engine that from_pretrained started holds {cached_tokens} tokens and the rollout would "
-            f"fill {wanted}: vLLM queues part of it; load the model with a larger kv_cache_memory_bytes"
+            f"the KV cache of the engine that from_pretrained started holds {cached_tokens} tokens and the rollout "
+            f"would fill {wanted}: vLLM queues part of it; load the model with a larger kv_cache_memory_bytes"
         )
     return tuple(sentences)
 
