@@ -56,6 +56,9 @@ def from_pretrained(
             "fast_inference=True needs vLLM, which is not installed; pip install 'trl-turbo[vllm]', or set "
             "fast_inference=False"
         )
+    settled = sorted({"model", "dtype", "load_format", "quantization"} & set(vllm_kwargs or {}))
+    if settled:
+        raise TypeError(f"vllm_kwargs has {settled[0]}, which follows from the other arguments; leave it out")
     if gpu_memory_utilization is not None and (load_in_4bit or not fast_inference):
         raise TypeError(
             "gpu_memory_utilization sizes an engine that loads the weights itself, which it does with "
@@ -66,6 +69,7 @@ def from_pretrained(
     from trl_turbo.engine.fast_generate import FastGenerate
     from trl_turbo.engine.pretrained import Engine, source_kwargs, without_values
 
+    name = str(name)  # a Path too
     engine = Engine(
         name,
         max_lora_rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -122,7 +123,7 @@ def resident_bytes():
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
-def test_what_cannot_be_loaded_so_is_told_in_a_sentence(tmp_path, monkeypatch):
+def test_what_cannot_be_loaded_so_is_told_in_a_sentence(tmp_path):
     from transformers import AutoConfig
 
     from trl_turbo.engine.pretrained import without_values
@@ -132,6 +133,8 @@ def test_what_cannot_be_loaded_so_is_told_in_a_sentence(tmp_path, monkeypatch):
         without_values(str(tmp_path), "auto", {"device_map": "auto"})
     with pytest.raises(TypeError, match="gpu_memory_utilization sizes an engine that loads the weights itself"):
         trl_turbo.from_pretrained(str(tmp_path), gpu_memory_utilization=0.5)
+    with pytest.raises(TypeError, match="vllm_kwargs has load_format, which follows from the other arguments"):
+        trl_turbo.from_pretrained(str(tmp_path), vllm_kwargs={"load_format": "dummy"})
     config = AutoConfig.from_pretrained(tmp_path)
     config.quantization_config = {"quant_method": "awq", "bits": 4}
     config.save_pretrained(tmp_path)
@@ -140,11 +143,19 @@ def test_what_cannot_be_loaded_so_is_told_in_a_sentence(tmp_path, monkeypatch):
     del config.quantization_config
     config.dtype = config.torch_dtype = None
     config.save_pretrained(tmp_path)
-    with pytest.raises(EngineDeclinedError, match="pass dtype=torch.bfloat16"):
+    with pytest.raises(EngineDeclinedError, match=r"pass dtype=torch\.bfloat16"):
         without_values(str(tmp_path), "auto", {})
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs vLLM, which is not installed; pip install 'trl-turbo\[vllm\]'"):
+
+
+def test_without_vllm_a_sentence_says_what_to_install(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
+    saved(tmp_path, "qwen2_tied")
+    with pytest.raises(ImportError, match=r"fast_inference=True needs vLLM, .*; pip install 'trl-turbo\[vllm\]'"):
         trl_turbo.from_pretrained(str(tmp_path), fast_inference=True)
+    model, _ = trl_turbo.from_pretrained(str(tmp_path))
+    with pytest.raises(ImportError, match=r"fast_generate needs vLLM, .*; pip install 'trl-turbo\[vllm\]'"):
+        model.fast_generate("x")
 
 
 def test_prompts_of_every_kind():
@@ -483,3 +494,18 @@ def test_without_fast_inference_the_first_call_starts_the_engine(tmp_path, reque
     assert max(metric(trained, GAP)) < 1e-3, metric(trained, GAP)
     assert agrees(loaded[0])
     assert agrees(loaded[0].merge_and_unload())
+
+
+@vllm_only
+@pytest.mark.trl
+def test_fast_generate_takes_the_engine_that_a_trainer_started(tmp_path, request):
+    saved(tmp_path / "model", "qwen2_tied", initializer_range=0.05)
+    loaded = trl_turbo.from_pretrained(tmp_path / "model")
+    trl_turbo.patch(logprob=False, rollout=True, verbose=False)
+    request.addfinalizer(trl_turbo.unpatch)
+    trained = make_trainer("RLOO", tmp_path, loaded=loaded, max_steps=2, use_vllm=False, learning_rate=1e-2)
+    llm = trained.vllm_generation.llm
+    request.addfinalizer(lambda: shut_down(llm))
+    trained.train()
+    assert loaded[0].fast_generate.llm is llm
+    assert agrees(loaded[0])

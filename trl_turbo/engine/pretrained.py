@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class Engine:
             ImportError: vLLM is not installed.
             EngineDeclinedError: The model cannot be served from one copy of its weights.
         """
+        if importlib.util.find_spec("vllm") is None:
+            raise ImportError("fast_generate needs vLLM, which is not installed; pip install 'trl-turbo[vllm]'")
         gc.collect()  # an engine of a dead model, collected after this start, would end the new one's process groups
         from trl_turbo.engine.llm import TurboLLM
 
