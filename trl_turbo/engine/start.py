@@ -40,8 +40,7 @@ class Start:
         llm_kwargs: Arguments for `vllm.LLM`.
         weights: What it will share.
         plan: Its sizes.
-        serves_adapter: Whether there is an adapter, for which vLLM has buffers.
-        merges_adapter: Whether it is folded into the base for each rollout instead.
+        merges_adapter: Whether an adapter that is there now is folded into the base for each rollout.
         can_release: Whether the KV cache can be given up between rollouts.
     """
 
@@ -49,7 +48,6 @@ class Start:
     llm_kwargs: dict[str, Any]
     weights: SharedWeights
     plan: Plan
-    serves_adapter: bool
     merges_adapter: bool
     can_release: bool
 
@@ -128,7 +126,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         # vLLM has no sleep mode on a CPU and refuses to start with it; ours gives up nothing there. Compiling would
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
-    return Start(trainee, kwargs, weights, sizes, served, merges, can_release=kwargs["enable_sleep_mode"])
+    return Start(trainee, kwargs, weights, sizes, merges, can_release=kwargs["enable_sleep_mode"])
 
 
 def vllm_device() -> torch.device:
