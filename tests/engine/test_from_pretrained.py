@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 from types import SimpleNamespace
 
@@ -207,14 +208,19 @@ def engine(tmp_path_factory):
     model, tokenizer = trl_turbo.from_pretrained(
         str(folder), fast_inference=True, max_lora_rank=RANK, max_num_seqs=8, max_seq_length=128
     )
-    yield SimpleNamespace(
+    kept = SimpleNamespace(
         model=model,
         tokenizer=tokenizer,
         llm=model.fast_generate.llm,
         expected=expected,
         pointers={n: p.data_ptr() for n, p in model.named_parameters()},
     )
-    shut_down(model.fast_generate.llm)
+    yield kept
+    shut_down(kept.llm)
+    # Now, and not while an engine of the next module starts, whose process groups it would take along
+    vars(kept).clear()
+    del model, tokenizer, expected
+    gc.collect()
 
 
 @pytest.fixture
