@@ -13,13 +13,18 @@ from trl_turbo.api import patch, patch_trl, status, unpatch
 if TYPE_CHECKING:
     from trl_turbo._session import PatchError as PatchError
     from trl_turbo.hookspecs import hookimpl as hookimpl
+    from trl_turbo.loading import from_pretrained as from_pretrained
 
 __version__ = "0.1.0"
 
-__all__ = ["PatchError", "__version__", "hookimpl", "patch", "patch_trl", "status", "unpatch"]
+__all__ = ["PatchError", "__version__", "from_pretrained", "hookimpl", "patch", "patch_trl", "status", "unpatch"]
 
-# Imported when first asked for: pluggy and the session are not for every script that imports the package.
-_LATE = {"PatchError": "trl_turbo._session", "hookimpl": "trl_turbo.hookspecs"}
+# Imported when first asked for: pluggy, the session and the loader are not for every script that imports the package.
+_LATE = {
+    "PatchError": "trl_turbo._session",
+    "from_pretrained": "trl_turbo.loading",
+    "hookimpl": "trl_turbo.hookspecs",
+}
 
 
 def __getattr__(name: str) -> Any:

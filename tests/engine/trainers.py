@@ -43,11 +43,21 @@ def settings(config_class: type, out: Path, **more: Any) -> Any:
     return config_class(**{name: value for name, value in wanted.items() if name in known})
 
 
-def trainer(kind: str, tmp: Path, *, peft_config: Any = None, initializer_range: float = 0.05, **more: Any) -> Any:
-    """A GRPO, RLOO or OnlineDPO trainer, untrained."""
+def trainer(
+    kind: str,
+    tmp: Path,
+    *,
+    peft_config: Any = None,
+    initializer_range: float = 0.05,
+    loaded: tuple[Any, Any] | None = None,
+    **more: Any,
+) -> Any:
+    """A GRPO, RLOO or OnlineDPO trainer, untrained; `loaded` is the model and the tokenizer that it takes."""
     from transformers import AutoTokenizer
 
-    model, folder = saved(tmp / "model", "qwen2_tied", initializer_range=initializer_range)
+    if loaded is None:
+        model, folder = saved(tmp / "model", "qwen2_tied", initializer_range=initializer_range)
+        loaded = model, AutoTokenizer.from_pretrained(folder)
     if kind == "OnlineDPO":
         from trl.experimental.online_dpo import OnlineDPOConfig as Config
         from trl.experimental.online_dpo import OnlineDPOTrainer as Trainer
@@ -58,11 +68,11 @@ def trainer(kind: str, tmp: Path, *, peft_config: Any = None, initializer_range:
 
         Trainer, Config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
     return Trainer(
-        model=model,
+        model=loaded[0],
         reward_funcs=liked,
         args=settings(Config, tmp / "out", **more),
         train_dataset=dataset(),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=loaded[1],
         peft_config=peft_config,
     )
 

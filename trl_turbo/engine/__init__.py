@@ -2,7 +2,7 @@
 
 There is one copy of the weights: vLLM's modules point at the tensors that the optimizer updates, so a training step
 needs no weight sync. `llm` has the engine, `sharing` the weights, `adapter` the way an adapter is served, `sizing` the
-sizes, `checks` what is declined.
+sizes, `checks` what is declined; `pretrained` starts one over a checkpoint, for `trl_turbo.from_pretrained`.
 """
 
 from __future__ import annotations

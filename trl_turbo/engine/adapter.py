@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trl_turbo.engine.adapter_config import active_adapter, adapter_layers
 from trl_turbo.engine.errors import EngineDeclinedError
+from trl_turbo.engine.names import base_model, base_weights
 
 #: Ranks that vLLM has buffers for; the next larger one is taken.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -22,17 +23,21 @@ _ID = 1
 _PATH = "memory://trl_turbo"
 
 
-def llm_kwargs(model: Any) -> dict[str, Any]:
+def llm_kwargs(model: Any, spare_rank: int = 0) -> dict[str, Any]:
     """What `LLM` needs to be able to serve the model's adapter.
+
+    Args:
+        model: A transformers model, wrapped by PEFT or not.
+        spare_rank: Rank to make room for in every linear, for an adapter that comes later; 0 for the present one alone.
 
     Raises:
         EngineDeclinedError: The rank is larger than vLLM's buffers.
     """
     name = active_adapter(model)
-    if name is None:
+    layers = adapter_layers(model, name) if name is not None else {}
+    highest = max([spare_rank, *_ranks(layers, name)])
+    if not highest:
         return {}
-    layers = adapter_layers(model, name)
-    highest = max(layer.lora_A[name].weight.shape[0] for layer in layers.values())
     rank = next((r for r in RANKS if r >= highest), None)
     if rank is None:
         raise EngineDeclinedError(f"the adapter has rank {highest}, and vLLM serves up to {RANKS[-1]}")
@@ -42,8 +47,20 @@ def llm_kwargs(model: Any) -> dict[str, Any]:
     if (
         "lora_target_modules" in EngineArgs.__dataclass_fields__
     ):  # older ones wrap every linear, embeddings and the head
-        kwargs["lora_target_modules"] = sorted({layer.rpartition(".")[2] for layer in layers})
+        targets = _linears(model) if spare_rank else layers
+        kwargs["lora_target_modules"] = sorted({layer.rpartition(".")[2] for layer in targets})
     return kwargs
+
+
+def _ranks(layers: Mapping[str, Any], name: str | None) -> list[int]:
+    return [layer.lora_A[name].weight.shape[0] for layer in layers.values()]
+
+
+def _linears(model: Any) -> list[str]:
+    """The linears on which an adapter can be served: all but the head."""
+    head = base_model(model).get_output_embeddings()
+    slots = base_weights(model).values()
+    return [s.name.rpartition(".")[0] for s in slots if isinstance(s.module, nn.Linear) and s.module is not head]
 
 
 @dataclass(frozen=True)
@@ -72,11 +89,18 @@ class ServedAdapter:
         name = active_adapter(model)
         if name is None:
             raise EngineDeclinedError("the model has no adapter to serve")
+        layers = adapter_layers(model, name)
+        highest, room = max(_ranks(layers, name)), manager.lora_config.max_lora_rank
+        if highest > room:
+            raise EngineDeclinedError(
+                f"the adapter has rank {highest} and the engine was started with max_lora_rank={room}; load the model "
+                f"with max_lora_rank={highest}"
+            )
         self.name = name
         self.request = LoRARequest(lora_name="trl_turbo", lora_int_id=_ID, lora_path=_PATH)
         self._manager = manager
         self._register()
-        self._targets = self._find(adapter_layers(model, name))
+        self._targets = self._find(layers)
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +133,10 @@ class ServedAdapter:
     def _register(self) -> None:
         """Take the slot with an adapter that has no weights, and pin it."""
         manager = self._manager
+        # Where another adapter was served: vLLM sets the slot to zero when it is taken anew
+        manager.__dict__.pop("_load_adapter", None)
+        if _ID in manager.list_adapters():
+            manager.remove_adapter(_ID)
         from_disk = manager._load_adapter
 
         def load(request: Any) -> Any:

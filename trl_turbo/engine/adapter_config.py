@@ -14,12 +14,28 @@ def active_adapter(model: Any) -> str | None:
 
     A trainer may hold a frozen second one as its reference; the active one is served.
     """
+    names = _active_adapters(model)
+    return names[0] if names else None
+
+
+def _active_adapters(model: Any) -> tuple[str, ...]:
     model = unwrapped(model)
     if not getattr(model, "peft_config", None):
-        return None
+        return ()
+    if not hasattr(model, "get_base_model"):
+        return _applied(model)
     active = model.active_adapters
-    names = active() if callable(active) else active
-    return str(names[0]) if names else None
+    return tuple(map(str, active() if callable(active) else active))
+
+
+def _applied(model: Any) -> tuple[str, ...]:
+    """The adapters that a transformers model with PEFT's layers in it applies now: neither merged nor disabled."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    if layer is None or layer.disable_adapters:
+        return ()
+    return tuple(str(name) for name in layer.active_adapters if name not in layer.merged_adapters)
 
 
 def adapter_layers(model: Any, adapter: str) -> dict[str, Any]:
@@ -38,8 +54,7 @@ def adapter_declined(model: Any) -> str | None:
     name = active_adapter(model)
     if name is None:
         return None
-    active = model.active_adapters
-    several = active() if callable(active) else active
+    several = _active_adapters(model)
     if len(several) > 1:
         return f"{len(several)} adapters are active at once ({', '.join(several)}), and vLLM serves one"
     config = model.peft_config[name]

@@ -16,6 +16,7 @@ class _Candidate:
     model: Any
     kwargs: dict[str, Any]
     accelerator: Any
+    device: torch.device | None
 
     @property
     def base(self) -> Any:
@@ -25,16 +26,23 @@ class _Candidate:
     def parameters(self) -> list[Any]:
         return [slot.parameter for slot in base_weights(self.model).values()]
 
+    @property
+    def devices(self) -> set[torch.device]:
+        return {self.device} if self.device is not None else {parameter.device for parameter in self.parameters}
 
-def declined(model: Any, llm_kwargs: dict[str, Any], accelerator: Any = None) -> str | None:
+
+def declined(
+    model: Any, llm_kwargs: dict[str, Any], accelerator: Any = None, device: torch.device | None = None
+) -> str | None:
     """Say why this model is not served from its own weights, or return `None`.
 
     Args:
         model: The trainer's model.
         llm_kwargs: What TRL passes to `LLM`.
         accelerator: The trainer's, where there is one.
+        device: Where the model's weights will be; `None` for where they are.
     """
-    candidate = _Candidate(model, llm_kwargs, accelerator)
+    candidate = _Candidate(model, llm_kwargs, accelerator, device)
     for check in _CHECKS:
         reason = check(candidate)
         if reason:
@@ -105,7 +113,7 @@ def _dtype(candidate: _Candidate) -> str | None:
     wanted = str(candidate.kwargs.get("dtype", "auto")).removeprefix("torch.")
     if wanted not in ("auto", names[0]):
         return f"dtype={wanted!r} was asked of vLLM and the trainer's weights are {names[0]}"
-    on_gpu = any(parameter.is_cuda for parameter in candidate.parameters)
+    on_gpu = any(device.type == "cuda" for device in candidate.devices)
     if on_gpu and names[0] == "float32":
         return (
             "the trainer holds its weights in float32, and vLLM samples in 16 bits on a GPU; load the model in bfloat16"
@@ -114,7 +122,7 @@ def _dtype(candidate: _Candidate) -> str | None:
 
 
 def _devices(candidate: _Candidate) -> str | None:
-    devices = {parameter.device for parameter in candidate.parameters}
+    devices = candidate.devices
     if len(devices) > 1:
         return f"the model is spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))})"
     device = next(iter(devices))

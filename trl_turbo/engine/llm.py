@@ -11,11 +11,13 @@ from typing import Any
 
 import vllm
 
+from trl_turbo.engine.checks import declined
 from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
+from trl_turbo.engine.fast_generate import FastGenerate
 from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.engine.serving import Trainee, must_share, take
 from trl_turbo.engine.shared import SharedEngine
-from trl_turbo.engine.start import Start, prepare
+from trl_turbo.engine.start import MERGED, Start, prepare
 from trl_turbo.report import note
 
 
@@ -38,8 +40,14 @@ class TurboLLM(vllm.LLM):
         if trainee is None:
             super().__init__(*args, **kwargs)
             return
+        fast = FastGenerate.of(trainee.model)
         try:
-            self._start(trainee, args, kwargs)
+            if fast is not None and fast.llm is not None:
+                self._join(fast.llm, trainee, kwargs)
+            else:
+                self._start(trainee, args, kwargs)
+                if fast is not None:
+                    fast.llm = self
         except EngineDeclinedError as error:
             self.declined = str(error)
         if self.declined:
@@ -73,6 +81,28 @@ class TurboLLM(vllm.LLM):
         self._reset()
         for sentence in start.notes:
             note("rollout", sentence)
+
+    def _join(self, running: TurboLLM, trainee: Trainee, kwargs: dict[str, Any]) -> None:
+        """Be the engine that the trainee's model has already: one state behind two objects."""
+        shared = running.shared
+        if shared is None:
+            raise EngineDeclinedError("the engine that the model had was given up")
+        reason = declined(trainee.model, kwargs, trainee.accelerator) or running._other_logprobs(kwargs)
+        if reason is not None:
+            raise EngineDeclinedError(reason)
+        running.refresh()
+        reason = shared.compare(running._sample).reason
+        if reason is not None:
+            raise EngineDeclinedError(reason)
+        running._reset()
+        for sentence in (*shared.shortfalls(trainee.work, kwargs), *([MERGED] if shared.fold is not None else [])):
+            note("rollout", sentence)
+        self.__dict__ = running.__dict__
+
+    def _other_logprobs(self, kwargs: dict[str, Any]) -> str | None:
+        own = self.llm_engine.vllm_config.model_config.logprobs_mode
+        asked = kwargs.get("logprobs_mode") or own
+        return None if asked == own else f"the trainer asks for {asked} and the model's engine gives {own}"
 
     def _sample(self, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
         """Sample one answer at temperature 1: ids and their log-probs, [T]."""

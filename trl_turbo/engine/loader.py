@@ -1,14 +1,15 @@
-"""The model loader that vLLM calls: it reads no checkpoint, it takes the trainer's tensors."""
+"""The model loaders that vLLM calls: one takes the trainer's tensors, the other loads and gives the trainer vLLM's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from trl_turbo.engine.errors import EngineDeclinedError
@@ -17,6 +18,8 @@ from trl_turbo.engine.storage import without_storage
 
 #: `load_format` of a shared engine.
 LOAD_FORMAT = "trl_turbo_shared"
+#: `load_format` of one whose model has no values yet.
+CHECKPOINT_FORMAT = "trl_turbo_checkpoint"
 
 _current: list[SharedWeights] = []
 
@@ -61,6 +64,40 @@ class SharedLoader(BaseModelLoader):
         """Share instead of load; called by vLLM between construction and post-processing."""
         self._construction.close()
         _current[-1].attach(model)
+
+
+@register_model_loader(CHECKPOINT_FORMAT)
+class CheckpointLoader(BaseModelLoader):
+    """Lets vLLM's own loader read the checkpoint and points the model of :func:`sharing` at the result.
+
+    Here, not after vLLM has started: once it has put its adapter layers around its modules, their parameters have other
+    names than `load_weights` looks for.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(load_config)
+        self._reader = get_model_loader(replace(load_config, load_format="auto"))
+
+    def download_model(self, model_config: Any) -> None:
+        """As vLLM's."""
+        self._reader.download_model(model_config)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As vLLM's, save that the weights stay as they are in the checkpoint.
+
+        Raises:
+            EngineDeclinedError: The weights cannot be shared.
+        """
+        if not _current:
+            raise EngineDeclinedError(f"load_format={CHECKPOINT_FORMAT!r} is for trl_turbo.from_pretrained")
+        with plain_cpu_linears():
+            model: nn.Module = super().load_model(*args, **kwargs)
+        _current[-1].verify(model)
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Read the checkpoint and share; called by vLLM between construction and post-processing."""
+        _current[-1].fill(model, lambda: self._reader.load_weights(model, model_config))
 
 
 @contextmanager

@@ -41,7 +41,8 @@ def unwrapped(model: Any) -> Any:
 def base_model(model: Any) -> Any:
     """The transformers model itself, with PEFT's layers in it where there is an adapter."""
     model = unwrapped(model)
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    # Not told by `peft_config`: PEFT leaves that on the transformers model too
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def base_weights(model: Any) -> dict[str, Slot]:

@@ -19,11 +19,15 @@ class Trainee:
         model: The trainer's model, unwrapped by accelerate, with its adapter.
         accelerator: The trainer's, or `None`.
         work: Its rollouts.
+        max_lora_rank: Rank to make room for, where an adapter may come later; 0 where none will.
+        empty: Whether its parameters have no values yet, and are pointed at those that vLLM loads.
     """
 
     model: Any
     accelerator: Any
     work: Work
+    max_lora_rank: int = 0
+    empty: bool = False
 
 
 _waiting: ContextVar[Callable[[], Trainee] | None] = ContextVar("trl_turbo_trainee", default=None)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from trl_turbo.engine import parity
 from trl_turbo.engine.adapter import ServedAdapter
-from trl_turbo.engine.adapter_config import adapter_layers
+from trl_turbo.engine.adapter_config import active_adapter, adapter_declined, adapter_layers
+from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.engine.merged import Fold, LogTooLargeError
-from trl_turbo.engine.start import Start
+from trl_turbo.engine.names import base_model
+from trl_turbo.engine.sizing import Work, shortfalls
+from trl_turbo.engine.start import Start, merges_into
 from trl_turbo.report import note
 
 _Sample = Callable[[list[int], int], tuple[list[int], list[float]]]
@@ -34,18 +38,44 @@ class SharedEngine:
 
     def __init__(self, start: Start, worker: Any) -> None:
         self._model = start.trainee.model
+        # The adapter is looked for here: PEFT's wrapper may come after the engine started, and go before it ends
+        self._base = base_model(self._model)
         self._worker = worker
-        self._kv_bytes = start.plan.kv_bytes
+        self._token_bytes = start.plan.token_bytes
+        self._kv_bytes = start.plan.kv_bytes or self._cached_tokens() * self._token_bytes
         self.weights = start.weights
         self.can_release = start.can_release
         self.kv_released = False
         self.adapter: ServedAdapter | None = None
         self.fold: Fold | None = None
-        if start.serves_adapter:
-            self.adapter = ServedAdapter(self._model, worker.model_runner.lora_manager)
-            self.adapter.push()
-            if start.merges_adapter:
-                self.fold = Fold(adapter_layers(self._model, self.adapter.name), self.adapter.name)
+        self._followed: tuple[str | None, tuple[Any, ...]] = (None, ())
+        self._follow()
+
+    def _follow(self) -> None:
+        """Serve the adapter that the model applies now: it may have come, gone, or been merged since."""
+        name = active_adapter(self._base)
+        layers = adapter_layers(self._base, name) if name is not None else {}
+        before, kept = self._followed
+        if name == before and len(kept) == len(layers) and all(map(operator.is_, kept, layers.values())):
+            return
+        self.adapter = self.fold = None
+        self._followed = (None, ())
+        if name is not None:
+            reason = adapter_declined(self._base)
+            if reason is not None:
+                raise EngineDeclinedError(reason)
+            manager = getattr(self._worker.model_runner, "lora_manager", None)
+            if manager is None:
+                raise EngineDeclinedError(
+                    f"the engine was started without room for an adapter, and {name!r} was added since; load the model "
+                    "with max_lora_rank set to its rank"
+                )
+            adapter = ServedAdapter(self._base, manager)
+            adapter.push()
+            if merges_into(next(iter(self.weights.slots.values())).parameter.dtype):
+                self.fold = Fold(layers, name)
+            self.adapter = adapter
+        self._followed = (name, tuple(layers.values()))
 
     @contextmanager
     def adapted(self) -> Iterator[Any]:
@@ -91,8 +121,24 @@ class SharedEngine:
     def refresh(self) -> None:
         """Check the weights and push the adapter."""
         self.check()
+        self._follow()
         if self.adapter is not None and self.fold is None:
             self.adapter.push()
+
+    def shortfalls(self, work: Work, given: dict[str, Any]) -> tuple[str, ...]:
+        """Say where the engine is smaller than this work, in sentences."""
+        config = self._worker.vllm_config
+        return shortfalls(
+            work,
+            given,
+            max_model_len=config.model_config.max_model_len,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            cached_tokens=self._cached_tokens(),
+        )
+
+    def _cached_tokens(self) -> int:
+        cache = self._worker.vllm_config.cache_config
+        return int((cache.num_gpu_blocks or 0) * cache.block_size)
 
     def memory_report(self) -> MemoryReport:
         """Say what the engine costs, by part."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from trl_turbo.engine.destinations import Shape, trace
+from trl_turbo.engine.destinations import Destination, Shape, trace
 from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
-from trl_turbo.engine.names import Slot, slot_groups
-from trl_turbo.engine.storage import adopt, part
+from trl_turbo.engine.names import Slot, base_model, slot_groups
+from trl_turbo.engine.storage import adopt, part, point
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class SharedWeights:
     """
 
     def __init__(self, model: Any) -> None:
+        self._model = base_model(model)
         self._groups = slot_groups(model)
         self._slots = {group[0].name: group[0] for group in self._groups}
         self._pairs: tuple[_Pair, ...] = ()
@@ -65,9 +66,36 @@ class SharedWeights:
         """
         if self._pairs:
             raise EngineDeclinedError("the weights are shared with one vLLM already, and this is a second one")
-        shapes = {name: Shape(slot.parameter.shape, slot.parameter.dtype) for name, slot in self._slots.items()}
+        shapes = self._shapes()
         destinations = trace(vllm_model, shapes)
-        owners = adopt(vllm_model, self._slots, destinations)
+        self._pair(adopt(vllm_model, self._slots, destinations), destinations, shapes)
+
+    def fill(self, vllm_model: nn.Module, load: Callable[[], None]) -> None:
+        """Let vLLM load its model, and point the trainer's model, which has no values, at what it loaded.
+
+        Args:
+            vllm_model: vLLM's freshly built model.
+            load: Gives it its values.
+
+        Raises:
+            EngineDeclinedError: The two cannot share every tensor; nothing was loaded then.
+        """
+        shapes = self._shapes()
+        destinations = trace(vllm_model, shapes)
+        load()
+        self._pair(point(vllm_model, self._slots, destinations), destinations, shapes)
+        # Buffers, such as rotary tables, are the model's own; its parameters are there already
+        self._model.to(next(iter(self._slots.values())).parameter.device)
+
+    def _shapes(self) -> dict[str, Shape]:
+        return {name: Shape(slot.parameter.shape, slot.parameter.dtype) for name, slot in self._slots.items()}
+
+    def _pair(
+        self,
+        owners: Mapping[str, nn.Parameter],
+        destinations: Mapping[str, Destination],
+        shapes: Mapping[str, Shape],
+    ) -> None:
         # Tied slots are checked each: `load_state_dict(assign=True)` gives each a parameter of its own
         self._pairs = tuple(
             _Pair(slot, owners[into.parameter], into.offset, shapes[group[0].name])

@@ -111,6 +111,39 @@ def plan(
     return Plan(kwargs, given.get("kv_cache_memory_bytes") or kv, token_bytes, wanted, tuple(notes))
 
 
+def shortfalls(
+    work: Work, given: dict[str, Any], *, max_model_len: int, max_num_seqs: int, cached_tokens: int
+) -> tuple[str, ...]:
+    """Say where an engine that runs already is smaller than the work, in sentences.
+
+    Args:
+        work: The rollout.
+        given: What the script passes to `LLM`.
+        max_model_len: The longest sequence that the engine takes.
+        max_num_seqs: How many it samples at the same time.
+        cached_tokens: How many tokens its KV cache holds.
+    """
+    longest = _stated(given) or (work.prompt_tokens or 1) + work.completion_tokens
+    sentences = []
+    if longest > max_model_len:
+        sentences.append(
+            f"the engine that from_pretrained started takes sequences of up to {max_model_len} tokens and the trainer "
+            f"asks for {longest}: longer ones are cut or refused; load the model with max_seq_length={longest}"
+        )
+    if work.sequences > max_num_seqs:
+        sentences.append(
+            f"the engine that from_pretrained started samples {max_num_seqs} sequences at a time and the trainer asks "
+            f"for {work.sequences}: vLLM queues the rest; load the model with max_num_seqs={work.sequences}"
+        )
+    wanted = min(work.sequences, max_num_seqs) * min(longest, max_model_len)
+    if wanted > cached_tokens:
+        sentences.append(
+            f"the KV cache of the engine that from_pretrained started holds {cached_tokens} tokens and the rollout "
+            f"would fill {wanted}: vLLM queues part of it; load the model with a larger kv_cache_memory_bytes"
+        )
+    return tuple(sentences)
+
+
 def kv_bytes_per_token(text_config: Any, itemsize: int) -> int:
     """Bytes of keys and values of one token over all layers; an upper bound where some layers slide a window."""
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads

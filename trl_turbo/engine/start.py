@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ ADAPTER_VARIABLE = "TRL_TURBO_ROLLOUT_ADAPTER"
 BURST_VARIABLE = "TRL_TURBO_ROLLOUT_BURST"
 
 
-_MERGED = (
+#: What the user should know where an adapter is merged.
+MERGED = (
     "the adapter is folded into the base weights for each rollout and taken out again to the bit: on a 16-bit base "
     f"that samples faster than applying it in every layer ({ADAPTER_VARIABLE}=served does that)"
 )
@@ -41,8 +42,7 @@ class Start:
         llm_kwargs: Arguments for `vllm.LLM`.
         weights: What it will share.
         plan: Its sizes.
-        serves_adapter: Whether there is an adapter, for which vLLM has buffers.
-        merges_adapter: Whether it is folded into the base for each rollout instead.
+        merges_adapter: Whether an adapter that is there now is folded into the base for each rollout.
         can_release: Whether the KV cache can be given up between rollouts.
     """
 
@@ -50,7 +50,6 @@ class Start:
     llm_kwargs: dict[str, Any]
     weights: SharedWeights
     plan: Plan
-    serves_adapter: bool
     merges_adapter: bool
     can_release: bool
 
@@ -58,7 +57,7 @@ class Start:
     def notes(self) -> tuple[str, ...]:
         """What the user should know, in sentences."""
         if self.merges_adapter:
-            return (*self.plan.notes, _MERGED)
+            return (*self.plan.notes, MERGED)
         return self.plan.notes
 
     @contextmanager
@@ -90,30 +89,39 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
     Raises:
         EngineDeclinedError: The model, its adapter or a setting cannot be served.
     """
-    reason = declined(trainee.model, given, trainee.accelerator)
+    device = vllm_device() if trainee.empty else None
+    reason = declined(trainee.model, given, trainee.accelerator, device)
     if reason is not None:
         raise EngineDeclinedError(reason)
-    from trl_turbo.engine.loader import LOAD_FORMAT
+    from trl_turbo.engine.loader import CHECKPOINT_FORMAT, LOAD_FORMAT
 
     weights = SharedWeights(trainee.model)
     parameter = next(iter(weights.slots.values())).parameter
-    on_gpu = parameter.is_cuda
+    device = device or parameter.device
+    on_gpu = device.type == "cuda"
     served = active_adapter(trainee.model) is not None
-    merges = served and _merges(parameter.dtype)
-    free, total = torch.cuda.mem_get_info(parameter.device) if on_gpu else (None, None)
+    merges = served and merges_into(parameter.dtype)
+    free, total = torch.cuda.mem_get_info(device) if on_gpu else (None, None)
+    # What vLLM loads itself is not allocated yet
+    unloaded = sum(slot.parameter.nbytes for slot in weights.slots.values()) if trainee.empty else 0
     sizes = sizing.plan(
         base_model(trainee.model).config,
         trainee.work,
         given,
         itemsize=parameter.element_size(),
-        free_bytes=free,
+        free_bytes=max(0, free - unloaded) if free is not None else None,
         graphs=on_gpu and not given.get("enforce_eager"),
         adapter=served and not merges,  # graphs with and without the adapter, where it may be served later
     )
+    if trainee.empty and given.get("gpu_memory_utilization") and not given.get("kv_cache_memory_bytes"):
+        # The weights are in vLLM's own accounting here, so that it can size the cache by a share of the device
+        left = {name: value for name, value in sizes.llm_kwargs.items() if name != "kv_cache_memory_bytes"}
+        sizes = replace(sizes, llm_kwargs=left, kv_bytes=0, notes=())
     kwargs = {name: value for name, value in given.items() if value is not None}
     kwargs |= sizes.llm_kwargs
-    kwargs |= adapter.llm_kwargs(trainee.model) if served else {}
-    kwargs |= {"load_format": LOAD_FORMAT, "dtype": str(parameter.dtype).removeprefix("torch.")}
+    kwargs |= adapter.llm_kwargs(trainee.model, trainee.max_lora_rank)
+    load_format = CHECKPOINT_FORMAT if trainee.empty else LOAD_FORMAT
+    kwargs |= {"load_format": load_format, "dtype": str(parameter.dtype).removeprefix("torch.")}
     if on_gpu and free is not None and total is not None:
         kwargs |= _on_gpu(kwargs, free, total)
     else:
@@ -121,10 +129,23 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
     kwargs |= _bursts(kwargs, on_gpu)
-    return Start(trainee, kwargs, weights, sizes, served, merges, can_release=kwargs["enable_sleep_mode"])
+    return Start(trainee, kwargs, weights, sizes, merges, can_release=kwargs["enable_sleep_mode"])
 
 
-def _merges(dtype: torch.dtype) -> bool:
+def vllm_device() -> torch.device:
+    """The device on which vLLM puts its model in this process."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    launched = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) if launched else 0)
+
+
+def merges_into(dtype: torch.dtype) -> bool:
+    """Whether an adapter is folded into base weights of this dtype for each rollout.
+
+    Raises:
+        EngineDeclinedError: The environment asks for a way that there is not.
+    """
     asked = os.environ.get(ADAPTER_VARIABLE, "").strip().lower() or "auto"
     if asked not in ("auto", "merged", "served"):
         raise EngineDeclinedError(

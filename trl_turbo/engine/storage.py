@@ -60,19 +60,42 @@ def adopt(
     Raises:
         EngineDeclinedError: A parameter of vLLM's takes no tensor of the trainer; nothing was changed then.
     """
+    owners, groups = _owners(vllm_model, destinations)
+    with torch.no_grad():
+        for owner, names in groups.items():
+            _join(owners[owner], [(slots[n].parameter, destinations[n].offset) for n in names])
+    return owners
+
+
+def point(
+    vllm_model: nn.Module, slots: Mapping[str, Slot], destinations: Mapping[str, Destination]
+) -> dict[str, nn.Parameter]:
+    """Let the trainer's tensors, which have no values, be those that vLLM has loaded; the other way round of `adopt`.
+
+    Raises:
+        EngineDeclinedError: A parameter of vLLM's takes no tensor of the trainer; nothing was changed then.
+    """
+    owners, _ = _owners(vllm_model, destinations)
+    for name, destination in destinations.items():
+        parameter = slots[name].parameter
+        parameter.data = part(owners[destination.parameter].data, parameter.shape, destination.offset)
+    return owners
+
+
+def _owners(
+    vllm_model: nn.Module, destinations: Mapping[str, Destination]
+) -> tuple[dict[str, nn.Parameter], dict[str, list[str]]]:
+    """The vLLM parameters that take weights, by name, and the names of those weights."""
     parameters: dict[str, nn.Parameter] = dict(vllm_model.named_parameters())
     groups: dict[str, list[str]] = {}
     for name, destination in destinations.items():
         groups.setdefault(destination.parameter, []).append(name)
-    bare = sorted(n for n, p in parameters.items() if n not in groups and getattr(p, _BARE, False))
+    bare = sorted(n for n, p in parameters.items() if n not in groups and p.dim() >= 2)
     if bare:
         raise EngineDeclinedError(
             f"vLLM's {bare[0]} takes no weight of the model ({len(bare)} such), as in derived copies"
         )
-    with torch.no_grad():
-        for owner, names in groups.items():
-            _join(parameters[owner], [(slots[n].parameter, destinations[n].offset) for n in names])
-    return {owner: parameters[owner] for owner in groups}
+    return {owner: parameters[owner] for owner in groups}, groups
 
 
 def _join(parameter: nn.Parameter, members: list[tuple[nn.Parameter, int]]) -> None:
