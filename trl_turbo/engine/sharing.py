@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_turbo.engine.destinations import Shape, trace
+from trl_turbo.engine import four_bit
+from trl_turbo.engine.destinations import Destination, Shape, trace
 from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
 from trl_turbo.engine.names import Slot, slot_groups
 from trl_turbo.engine.storage import adopt, part
@@ -23,12 +24,15 @@ class _Pair:
     owner: nn.Parameter
     offset: int  # elements, from the start of the owner's storage
     shape: Shape
+    state: four_bit.SharedState | None
 
     def in_place(self) -> bool:
         tensor = self.slot.module._parameters[self.slot.leaf]
         # data_ptr alone: this runs before every rollout, some 0.2 us a tensor
         start = self.owner.data_ptr() + self.offset * self.owner.element_size()
-        return tensor is not None and tensor.data_ptr() == start
+        if tensor is None or tensor.data_ptr() != start:
+            return False
+        return self.state is None or self.state.in_place()
 
 
 class SharedWeights:
@@ -38,7 +42,7 @@ class SharedWeights:
         model: The trainer's model; PEFT wrappers are seen through.
 
     Attributes:
-        nbytes: Bytes of the trainer's weights that vLLM reads in place.
+        nbytes: Bytes of the trainer's weights that vLLM reads in place, with the scales of those in 4 bits.
         padding_bytes: Bytes that sharing added: rows that vLLM pads a vocabulary with.
     """
 
@@ -67,16 +71,35 @@ class SharedWeights:
             raise EngineDeclinedError("the weights are shared with one vLLM already, and this is a second one")
         shapes = {name: Shape(slot.parameter.shape, slot.parameter.dtype) for name, slot in self._slots.items()}
         destinations = trace(vllm_model, shapes)
+        four_bit.keep_layout(self._slots.values())
+        states = self._bind(dict(vllm_model.named_parameters()), destinations)
         owners = adopt(vllm_model, self._slots, destinations)
         # Tied slots are checked each: `load_state_dict(assign=True)` gives each a parameter of its own
         self._pairs = tuple(
-            _Pair(slot, owners[into.parameter], into.offset, shapes[group[0].name])
+            _Pair(slot, owners[into.parameter], into.offset, shapes[group[0].name], states.get(group[0].name))
             for group in self._groups
             for into in (destinations[group[0].name],)
             for slot in group
         )
-        self.nbytes = sum(_nbytes(slot.parameter) for slot in self._slots.values())
-        self.padding_bytes = sum(map(_nbytes, owners.values())) - self.nbytes
+        weights = sum(_nbytes(slot.parameter) for slot in self._slots.values())
+        scales = {tensor.data_ptr(): _nbytes(tensor) for state in states.values() for tensor in state.tensors}
+        self.nbytes = weights + sum(scales.values())
+        self.padding_bytes = sum(_nbytes(owner.data) for owner in owners.values()) - weights
+
+    def _bind(
+        self, parameters: Mapping[str, nn.Parameter], destinations: Mapping[str, Destination]
+    ) -> dict[str, four_bit.SharedState]:
+        """Let vLLM's packed parameters have the trainer's quantisation states; returns them by checkpoint name."""
+        members: dict[str, list[tuple[int, nn.Parameter]]] = {}
+        states: dict[str, four_bit.SharedState] = {}
+        for name, slot in self._slots.items():
+            if four_bit.is_four_bit(slot.parameter):
+                into = destinations[name]
+                members.setdefault(into.parameter, []).append((into.offset, slot.parameter))
+                states[name] = four_bit.SharedState(slot)
+        for owner, packed in members.items():
+            four_bit.bind(parameters[owner], packed)
+        return states
 
     def verify(self, vllm_model: nn.Module) -> None:
         """Check, once vLLM has finished loading, that its model still has the parameters that were shared.
@@ -123,8 +146,11 @@ class SharedWeights:
                 f"{pair.slot.name} became {found} on {parameter.device} and was {expected} on {wanted.device}, so "
                 "generation would read an old copy; build the trainer after such changes"
             )
-        wanted.copy_(parameter.data)
-        parameter.data = wanted
+        if pair.state is not None and not pair.state.in_place():
+            pair.state.take()
+        if parameter.data_ptr() != wanted.data_ptr():
+            wanted.copy_(parameter.data)
+            parameter.data = wanted
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

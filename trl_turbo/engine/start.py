@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trl_turbo.engine import adapter, sizing
+from trl_turbo.engine import adapter, four_bit, sizing
 from trl_turbo.engine.adapter_config import active_adapter
 from trl_turbo.engine.checks import declined
 from trl_turbo.engine.errors import EngineDeclinedError
@@ -28,6 +28,10 @@ _MERGED = (
     "the adapter is folded into the base weights for each rollout and taken out again to the bit: on a 16-bit base "
     f"that samples faster than applying it in every layer ({ADAPTER_VARIABLE}=served does that)"
 )
+_SERVED = (
+    "the adapter is applied beside the 4-bit base in every layer: folding it in would mean to quantise the base anew for "
+    "each rollout, which does not come back to the bit"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Start:
         plan: Its sizes.
         serves_adapter: Whether there is an adapter, for which vLLM has buffers.
         merges_adapter: Whether it is folded into the base for each rollout instead.
+        quantised: Whether weights of the base are in 4 bits.
         can_release: Whether the KV cache can be given up between rollouts.
     """
 
@@ -50,6 +55,7 @@ class Start:
     plan: Plan
     serves_adapter: bool
     merges_adapter: bool
+    quantised: bool
     can_release: bool
 
     @property
@@ -57,6 +63,8 @@ class Start:
         """What the user should know, in sentences."""
         if self.merges_adapter:
             return (*self.plan.notes, _MERGED)
+        if self.serves_adapter and self.quantised:
+            return (*self.plan.notes, _SERVED)
         return self.plan.notes
 
     @contextmanager
@@ -94,10 +102,12 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
     from trl_turbo.engine.loader import LOAD_FORMAT
 
     weights = SharedWeights(trainee.model)
-    parameter = next(iter(weights.slots.values())).parameter
+    packed = [name for name, slot in weights.slots.items() if four_bit.is_four_bit(slot.parameter)]
+    # Of the dtype that vLLM computes in and keeps its cache in: 4-bit weights are bytes
+    parameter = next(slot.parameter for name, slot in weights.slots.items() if name not in packed)
     on_gpu = parameter.is_cuda
     served = active_adapter(trainee.model) is not None
-    merges = served and _merges(parameter.dtype)
+    merges = served and _merges(parameter.dtype, quantised=bool(packed))
     free, total = torch.cuda.mem_get_info(parameter.device) if on_gpu else (None, None)
     sizes = sizing.plan(
         base_model(trainee.model).config,
@@ -112,22 +122,31 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
     kwargs |= sizes.llm_kwargs
     kwargs |= adapter.llm_kwargs(trainee.model) if served else {}
     kwargs |= {"load_format": LOAD_FORMAT, "dtype": str(parameter.dtype).removeprefix("torch.")}
+    if packed:
+        from trl_turbo.engine import four_bit_config
+
+        kwargs |= four_bit_config.llm_kwargs((name.removesuffix(".weight") for name in packed), given)
     if on_gpu and free is not None and total is not None:
         kwargs |= _on_gpu(kwargs, free, total)
     else:
         # vLLM has no sleep mode on a CPU and refuses to start with it; ours gives up nothing there. Compiling would
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
-    return Start(trainee, kwargs, weights, sizes, served, merges, can_release=kwargs["enable_sleep_mode"])
+    return Start(trainee, kwargs, weights, sizes, served, merges, bool(packed), can_release=kwargs["enable_sleep_mode"])
 
 
-def _merges(dtype: torch.dtype) -> bool:
+def _merges(dtype: torch.dtype, *, quantised: bool) -> bool:
     asked = os.environ.get(ADAPTER_VARIABLE, "").strip().lower() or "auto"
     if asked not in ("auto", "merged", "served"):
         raise EngineDeclinedError(
             f"{ADAPTER_VARIABLE}={asked!r} is no way to use an adapter; set auto, merged or served"
         )
-    return asked == "merged" or (asked == "auto" and dtype.itemsize == 2)
+    if asked == "merged" and quantised:
+        raise EngineDeclinedError(
+            f"{ADAPTER_VARIABLE}=merged folds the adapter into a base in 16 or 32 bits, and the model's is in 4; set it to "
+            "auto or served"
+        )
+    return asked == "merged" or (asked == "auto" and dtype.itemsize == 2 and not quantised)
 
 
 def _on_gpu(kwargs: dict[str, Any], free: int, total: int) -> dict[str, Any]:
