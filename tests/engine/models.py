@@ -59,7 +59,7 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **co
 
 
 def quantised(folder: Path, family: str = "qwen2_tied", *, skip: list[str] | None = None, **settings: Any) -> Any:
-    """A model in 4 bits as `from_pretrained` makes it from a folder in 16 bits, whose configuration knows nothing of it.
+    """A model in 4 bits as `from_pretrained` makes it from one in 16, whose configuration knows nothing of it.
 
     Args:
         folder: Where the 16-bit model goes.

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from tests.engine.models import saved
+from tests.engine.models import quantised, saved
 
 
 def liked(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -43,11 +43,23 @@ def settings(config_class: type, out: Path, **more: Any) -> Any:
     return config_class(**{name: value for name, value in wanted.items() if name in known})
 
 
-def trainer(kind: str, tmp: Path, *, peft_config: Any = None, initializer_range: float = 0.05, **more: Any) -> Any:
+def trainer(
+    kind: str,
+    tmp: Path,
+    *,
+    peft_config: Any = None,
+    four_bit: bool = False,
+    initializer_range: float = 0.05,
+    **more: Any,
+) -> Any:
     """A GRPO, RLOO or OnlineDPO trainer, untrained."""
     from transformers import AutoTokenizer
 
-    model, folder = saved(tmp / "model", "qwen2_tied", initializer_range=initializer_range)
+    folder = tmp / "model"
+    if four_bit:
+        model = quantised(folder, "qwen2_tied", initializer_range=initializer_range)
+    else:
+        model, _ = saved(folder, "qwen2_tied", initializer_range=initializer_range)
     if kind == "OnlineDPO":
         from trl.experimental.online_dpo import OnlineDPOConfig as Config
         from trl.experimental.online_dpo import OnlineDPOTrainer as Trainer

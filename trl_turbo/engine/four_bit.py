@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
 from trl_turbo.engine.names import Slot
 
+#: What vLLM multiplies 4-bit weights in, whatever the model's dtype: `BitsAndBytesLinearMethod` casts its input.
+FOUR_BIT_DTYPE = torch.bfloat16
 #: What a `QuantState` multiplies by, and the one nested in it where the scales are quantised too.
 _TENSORS = ("absmax", "code", "offset")
 _SETTINGS = ("shape", "dtype", "blocksize", "quant_type", "nested")
@@ -58,11 +60,10 @@ def _weight_declined(name: str, slot: Slot, head: nn.Module | None) -> str | Non
     if getattr(state, "packing_format_for_cpu", False):
         return f"bitsandbytes repacked {name} for this CPU in a forward pass; build the trainer before the first one"
     compute = getattr(module, "compute_dtype", None)
-    if module.bias is not None and compute not in (None, module.bias.dtype):
-        own, other = (str(dtype).removeprefix("torch.") for dtype in (module.bias.dtype, compute))
+    if module.bias is not None and (compute == torch.float32 or compute not in (None, module.bias.dtype)):
         return (
-            f"bitsandbytes turns the {own} bias of {name.removesuffix('.weight')} into {other} when it is first used, "
-            f"and vLLM runs in one dtype; set bnb_4bit_compute_dtype=torch.{own}"
+            f"bitsandbytes makes the bias of {name.removesuffix('.weight')} {str(compute).removeprefix('torch.')}, its "
+            "compute dtype, and vLLM runs in one 16-bit dtype; set bnb_4bit_compute_dtype to that of the model"
         )
     return None
 

@@ -22,7 +22,7 @@ except ImportError:
             "run pip install vllm-bnb-plugin"
         ) from error
 
-#: What `quantization` takes. Not "bitsandbytes": for that name vLLM, or the plugin, puts its own loader in place of ours.
+#: What `quantization` takes. Not "bitsandbytes": for that name vLLM, or its plugin, takes its own loader, not ours.
 NAME = "trl_turbo_bitsandbytes"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from trl_turbo.engine import parity
 from trl_turbo.engine.adapter import ServedAdapter
 from trl_turbo.engine.adapter_config import adapter_layers
+from trl_turbo.engine.four_bit import FOUR_BIT_DTYPE
 from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.engine.merged import Fold, LogTooLargeError
 from trl_turbo.engine.start import Start
@@ -35,6 +36,7 @@ class SharedEngine:
     def __init__(self, start: Start, worker: Any) -> None:
         self._model = start.trainee.model
         self._worker = worker
+        self._quantised = start.quantised
         self._kv_bytes = start.plan.kv_bytes
         self.weights = start.weights
         self.can_release = start.can_release
@@ -75,7 +77,7 @@ class SharedEngine:
         """Compare the log-probs of one sampled answer with those of the trainer's model."""
         prompt = parity.probe_prompt(self._worker.model_config.get_vocab_size())
         ids, logprobs = sample(prompt, parity.SAMPLED_TOKENS)
-        return parity.gap(self._model, prompt, ids, logprobs)
+        return parity.gap(self._model, prompt, ids, logprobs, FOUR_BIT_DTYPE if self._quantised else None)
 
     def check(self) -> int:
         """Put back what moved; see :meth:`SharedWeights.check`."""

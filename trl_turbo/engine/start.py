@@ -29,8 +29,8 @@ _MERGED = (
     f"that samples faster than applying it in every layer ({ADAPTER_VARIABLE}=served does that)"
 )
 _SERVED = (
-    "the adapter is applied beside the 4-bit base in every layer: folding it in would mean to quantise the base anew for "
-    "each rollout, which does not come back to the bit"
+    "the adapter is applied beside the 4-bit base in every layer: to fold it in, the base would have to be quantised "
+    "anew for each rollout, which does not come back to the bit"
 )
 
 
@@ -143,7 +143,7 @@ def _merges(dtype: torch.dtype, *, quantised: bool) -> bool:
         )
     if asked == "merged" and quantised:
         raise EngineDeclinedError(
-            f"{ADAPTER_VARIABLE}=merged folds the adapter into a base in 16 or 32 bits, and the model's is in 4; set it to "
+            f"{ADAPTER_VARIABLE}=merged folds the adapter into a base in 16 or 32 bits, and the model's is in 4; set "
             "auto or served"
         )
     return asked == "merged" or (asked == "auto" and dtype.itemsize == 2 and not quantised)
