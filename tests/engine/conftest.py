@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,9 @@ def turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts engines as TRL does: `turbo(model, **kwargs)`."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", "29511")
+    with socket.socket() as free:  # not a fixed one: another run on this machine may hold it
+        free.bind(("localhost", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
 
     started = []
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.engine import four_bit
+from tests.engine.four_bit import SLACK, assert_as_trained, with_adapter
 from tests.engine.greedy import train
 from tests.engine.models import quantised
 from trl_turbo.engine.four_bit import is_four_bit
@@ -17,9 +18,6 @@ from trl_turbo.engine.names import base_model, base_weights
 bnb = pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
 
-#: vLLM's rounding against that of transformers: both round the same products to bfloat16, so that their mean distances
-#: from the same values in float32 differ by chance alone, 0.86 to 1.18 times over 248 tokens; a stale adapter, 10 times.
-SLACK = 1.4
 WHOLE_GROUP = ["q_proj", "k_proj", "v_proj", "lm_head"]
 CASES = {
     "nf4, scales quantised too": ("qwen2_tied", {}),
@@ -53,18 +51,6 @@ def sharing(turbo, monkeypatch):
     return start
 
 
-def with_adapter(model):
-    """As TRL makes it of a quantised model: in bfloat16."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
 def inside(llm):
     return llm.llm_engine.model_executor.driver_worker.model_runner.model
 
@@ -72,13 +58,6 @@ def inside(llm):
 def scale_bytes(state):
     inner = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
     return sum(tensor.numel() * tensor.element_size() for tensor in (state.absmax, state.code, *inner))
-
-
-def assert_as_trained(llm, model):
-    """vLLM is no further from the truth than rounding takes transformers."""
-    truth = four_bit.by_truth(model)
-    own, ours = (four_bit.apart(found, truth) for found in (four_bit.by_transformers(model), four_bit.by_vllm(llm)))
-    assert ours < SLACK * own, (ours, own)
 
 
 @pytest.mark.vllm
@@ -258,6 +237,21 @@ def test_merging_into_4_bits_and_a_missing_plugin_are_declined(tmp_path, sharing
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(EngineDeclinedError, match="run pip install vllm-bnb-plugin"):
         sharing(model)
+
+
+@pytest.mark.vllm
+def test_a_dequantised_model_of_a_quantised_checkpoint_is_never_taken_for_shared(tmp_path, sharing):
+    """For such a checkpoint vLLM takes a loader of its own, and would sample from a copy."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.engine.models import tokenizer
+    from trl_turbo.engine.errors import EngineDeclinedError
+
+    quantised(tmp_path / "16", "llama").save_pretrained(tmp_path / "4")
+    tokenizer().save_pretrained(tmp_path / "4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "4", dtype=torch.bfloat16).dequantize()
+    with pytest.raises(EngineDeclinedError, match="took another loader"):
+        sharing(model, quantization=None)
 
 
 def declined(model, **kwargs):

@@ -134,7 +134,7 @@ class SharedState:
         if self._inner is not None:
             self._state.state2 = self._inner
         # bitsandbytes keeps a second reference on the module
-        parameter.quant_state = self._slot.module.quant_state = self._state  # type: ignore[attr-defined,assignment]
+        parameter.quant_state = self._slot.module.quant_state = self._state  # type: ignore[attr-defined]
 
     def _fits(self, found: Any, new: list[Tensor]) -> bool:
         own = list(self.tensors)
