@@ -199,6 +199,15 @@ def test_what_was_quantised_anew_comes_back_to_its_place(tmp_path, sharing):
     assert llm.shared.check() == 0
     assert_as_trained(llm, model)
 
+    # Other parameters, which know no state: bitsandbytes finds it on the module
+    loaded = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(loaded, strict=False, assign=True)
+    assert linear.weight.data_ptr() != address
+    four_bit.by_vllm(llm)
+    assert linear.weight.data_ptr() == address
+    assert linear.weight.quant_state is state
+    assert_as_trained(llm, model)
+
     for settings in ({"blocksize": 128}, {"compress_statistics": False}):
         quantise(**settings)
         with pytest.raises(WeightsMovedError, match=r"k_proj.weight was quantised in another way .* build the trainer"):

@@ -120,8 +120,9 @@ class SharedState:
         Raises:
             WeightsMovedError: It is of another kind.
         """
-        parameter = self._slot.parameter
-        found = getattr(parameter, "quant_state", None)
+        parameter, module = self._slot.parameter, self._slot.module
+        # `load_state_dict(assign=True)` leaves a plain parameter, for which bitsandbytes looks at the module as well
+        found: Any = getattr(parameter, "quant_state", None) or getattr(module, "quant_state", None)
         new = tuple(_tensors(found)) if found is not None else ()
         if not self._fits(found, [tensor for _, _, tensor in new]):
             raise WeightsMovedError(
@@ -133,8 +134,7 @@ class SharedState:
             setattr(holder, name, kept)
         if self._inner is not None:
             self._state.state2 = self._inner
-        # bitsandbytes keeps a second reference on the module
-        parameter.quant_state = self._slot.module.quant_state = self._state  # type: ignore[attr-defined]
+        parameter.quant_state = module.quant_state = self._state  # type: ignore[attr-defined]
 
     def _fits(self, found: Any, new: list[Tensor]) -> bool:
         own = list(self.tensors)
