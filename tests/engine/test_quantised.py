@@ -13,7 +13,7 @@ from tests.engine.four_bit import SLACK, assert_as_trained, with_adapter
 from tests.engine.greedy import train
 from tests.engine.models import quantised
 from trl_turbo.engine.four_bit import is_four_bit
-from trl_turbo.engine.names import base_model, base_weights
+from trl_turbo.engine.names import base_weights
 
 bnb = pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
@@ -114,6 +114,22 @@ def test_packed_weights_and_their_scales_are_shared_and_the_adapter_is_served(ca
         assert_as_trained(llm, model)
     assert llm.shared.compare(llm._sample).reason is None
     assert llm.shared.check() == 0
+
+
+@pytest.mark.vllm
+def test_a_float16_model_is_held_to_the_bfloat16_in_which_vllm_multiplies(tmp_path, sharing):
+    from trl_turbo.engine.parity import TOLERANCE
+
+    model = quantised(tmp_path, "llama", dtype=torch.float16, bnb_4bit_compute_dtype=torch.float16)
+    llm = sharing(model)
+    assert llm.shared.compare(llm._sample).tolerance == TOLERANCE[torch.bfloat16]
+    truth, ours = four_bit.by_truth(model), four_bit.by_vllm(llm)
+    in_float16 = four_bit.apart(four_bit.by_transformers(model), truth)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = torch.bfloat16
+    in_bfloat16 = four_bit.apart(four_bit.by_transformers(model), truth)
+    assert SLACK * in_float16 < four_bit.apart(ours, truth) < SLACK * in_bfloat16
 
 
 @pytest.mark.vllm
@@ -303,9 +319,28 @@ def test_8_bits_are_declined_in_words(tmp_path):
     assert "8 bits" in declined(model)
 
 
-def test_the_names_are_those_of_the_trainers_model(tmp_path):
+@pytest.mark.vllm
+def test_what_vllm_is_told(tmp_path):
+    pytest.importorskip("vllm")
+    from tests.engine.conftest import trl_arguments
+    from trl_turbo.engine.serving import Trainee
+    from trl_turbo.engine.sizing import Work
+    from trl_turbo.engine.start import prepare
+
     model = with_adapter(quantised(tmp_path, "llama", skip=WHOLE_GROUP))
-    names = [name for name, slot in base_weights(model).items() if is_four_bit(slot.parameter)]
-    expected = {f"{name}.weight" for name, module in base_model(model).named_modules()
-                if isinstance(module, bnb.nn.Linear4bit) and not hasattr(module, "base_layer")}  # fmt: skip
-    assert {name.replace(".base_layer", "") for name in expected} == set(names)
+    given = {**trl_arguments(model), "quantization": "bitsandbytes", "hf_overrides": {"rope_theta": 1e4}}
+    start = prepare(Trainee(model, None, Work(4, 16, 32)), given)
+    linears = {
+        name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for name, module in model.named_modules()
+        if type(module) is bnb.nn.Linear4bit
+    }
+    overrides = start.llm_kwargs["hf_overrides"]
+    assert set(overrides["quantization_config"]["four_bit"]) == linears
+    assert len(linears) == 2 * 4
+    assert overrides["rope_theta"] == 1e4
+    assert start.llm_kwargs["quantization"] == overrides["quantization_config"]["quant_method"] != "bitsandbytes"
+    assert start.llm_kwargs["dtype"] == "bfloat16"
+    config = model.config
+    # Keys and values in two bytes each, though most weights have elements of one
+    assert start.plan.token_bytes == 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
