@@ -35,7 +35,7 @@ def turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts engines as TRL does: `turbo(model, **kwargs)`."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
-    with socket.socket() as free:  # several runs on one machine do not meet
+    with socket.socket() as free:  # not a fixed one: another run on this machine may hold it
         free.bind(("localhost", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
 

@@ -58,6 +58,37 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **co
     return AutoModelForCausalLM.from_config(config_class(**settings), dtype=dtype).eval()
 
 
+def quantised(folder: Path, family: str = "qwen2_tied", *, skip: list[str] | None = None, **settings: Any) -> Any:
+    """A model in 4 bits as `from_pretrained` makes it from one in 16, whose configuration knows nothing of it.
+
+    Args:
+        folder: Where the 16-bit model goes.
+        family: As for :func:`make`.
+        skip: `llm_int8_skip_modules`.
+        settings: For `BitsAndBytesConfig`, where they start with `bnb_`; the others as for :func:`make`.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    chosen = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+        **{name: settings.pop(name) for name in list(settings) if name.startswith("bnb_")},
+    }
+    device = settings.pop("device", "cpu")
+    settings = {"dtype": torch.bfloat16, **settings}
+    saved(folder, family, **settings)
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip, **chosen)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=settings["dtype"], device_map={"": device}
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Or the first forward of a test, on a CPU that has it, would repack the weights before an engine starts
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def saved(folder: Path, family: str = "qwen2_tied", **settings: Any) -> tuple[Any, str]:
     """A model as a trainer holds it: `name_or_path` names a folder with its configuration and tokenizer."""
     model = make(family, **settings)

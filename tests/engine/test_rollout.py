@@ -86,6 +86,25 @@ def test_grpo_with_an_adapter(trainer, patched, monkeypatch):
             assert torch.equal(parameter, frozen[name]), name
 
 
+def test_grpo_in_4_bits_with_an_adapter(trainer, patched, monkeypatch):
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    trained = trainer("GRPO", peft_config=config, four_bit=True, max_steps=48, learning_rate=1e-2)
+    llm = engine_of(trained)
+    assert llm.shared is not None, llm.declined
+    no_copies(llm, monkeypatch)
+    frozen = {n: p.detach().clone() for n, p in trained.model.named_parameters() if "lora_" not in n}
+    trained.train()
+    rewards = metric(trained, "reward")
+    assert sum(rewards[-12:]) / 12 > sum(rewards[:12]) / 12 + 0.08, rewards
+    assert max(metric(trained, GAP)) < 2e-2, metric(trained, GAP)  # rounding to bfloat16; 0.6 with a stale adapter
+    assert llm.shared.check() == 0
+    for name, parameter in trained.model.named_parameters():
+        assert name not in frozen or torch.equal(parameter, frozen[name]), name
+    assert any("beside the 4-bit base" in n.text for n in patched.notes if n.feature == "rollout")
+
+
 def test_a_resumed_run_samples_from_the_weights_it_loaded(trainer, tmp_path, patched):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from tests.engine.models import saved
+from tests.engine.models import quantised, saved
 
 
 def liked(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -48,6 +48,7 @@ def trainer(
     tmp: Path,
     *,
     peft_config: Any = None,
+    four_bit: bool = False,
     initializer_range: float = 0.05,
     loaded: tuple[Any, Any] | None = None,
     **more: Any,
@@ -56,7 +57,11 @@ def trainer(
     from transformers import AutoTokenizer
 
     if loaded is None:
-        model, folder = saved(tmp / "model", "qwen2_tied", initializer_range=initializer_range)
+        folder = tmp / "model"
+        if four_bit:
+            model = quantised(folder, "qwen2_tied", initializer_range=initializer_range)
+        else:
+            model, _ = saved(folder, "qwen2_tied", initializer_range=initializer_range)
         loaded = model, AutoTokenizer.from_pretrained(folder)
     if kind == "OnlineDPO":
         from trl.experimental.online_dpo import OnlineDPOConfig as Config

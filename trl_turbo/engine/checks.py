@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from trl_turbo.engine import four_bit
 from trl_turbo.engine.adapter_config import adapter_declined
 from trl_turbo.engine.names import base_model, base_weights
 
@@ -97,17 +98,27 @@ def _experts(candidate: _Candidate) -> str | None:
 
 def _quantised(candidate: _Candidate) -> str | None:
     config = getattr(candidate.base.config, "quantization_config", None)
-    if config is not None or getattr(candidate.base, "is_quantized", False):
+    if config is None and not getattr(candidate.base, "is_quantized", False):
+        method = None
+    else:
         method = getattr(config, "quant_method", None) or (config or {}).get("quant_method", "unknown")
-        return f"the model is quantised ({getattr(method, 'value', method)}), and vLLM would repack its weights"
-    if candidate.kwargs.get("quantization"):
+        method = getattr(method, "value", method)
+    if method not in (None, "bitsandbytes"):
+        return f"the model is quantised ({method}), and vLLM would repack its weights"
+    if candidate.kwargs.get("quantization") not in (None, method):
         return f"quantization={candidate.kwargs['quantization']!r} makes vLLM keep other weights than the trainer's"
-    return None
+    return four_bit.declined(base_weights(candidate.model), candidate.base.get_output_embeddings())
 
 
 def _dtype(candidate: _Candidate) -> str | None:
-    found = {parameter.dtype for parameter in candidate.parameters}
+    packed = [four_bit.is_four_bit(parameter) for parameter in candidate.parameters]
+    found = {p.dtype for p, four in zip(candidate.parameters, packed, strict=True) if not four}
     names = sorted(str(dtype).removeprefix("torch.") for dtype in found)
+    if any(packed) and torch.float32 in found:
+        return (
+            "the model's weights that are not in 4 bits are in float32, as PEFT's prepare_model_for_kbit_training "
+            "leaves them, and vLLM runs 4-bit models in 16 bits; load them in bfloat16 and leave that call out"
+        )
     if len(found) > 1:
         return f"the model's weights are {' and '.join(names)}, and vLLM runs in one dtype; load the model in one"
     wanted = str(candidate.kwargs.get("dtype", "auto")).removeprefix("torch.")

@@ -74,6 +74,11 @@ class TurboLLM(vllm.LLM):
             raise EngineDeclinedError(start.failure(error)) from error
 
     def _finish(self, start: Start) -> None:
+        if not len(start.weights):
+            # As vLLM does for a checkpoint that is quantised, whatever `load_format` says
+            raise EngineDeclinedError(
+                "vLLM took another loader than that of the trainer's weights and has its own copy"
+            )
         self.shared = SharedEngine(start, self.llm_engine.model_executor.driver_worker)
         reason = self.shared.compare(self._sample).reason
         if reason is not None:

@@ -12,7 +12,7 @@ class MemoryReport:
     """Bytes by part.
 
     Attributes:
-        shared_bytes: The trainer's weights that vLLM reads in place: no cost.
+        shared_bytes: The trainer's weights that vLLM reads in place, with the scales of 4-bit ones: no cost.
         copied_bytes: Weights that vLLM holds a copy of: 0 for a shared engine.
         padding_bytes: What joining tensors added, such as the rows of a padded vocabulary.
         kv_bytes: The KV cache while it is there.

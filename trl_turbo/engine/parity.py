@@ -44,7 +44,13 @@ def probe_prompt(vocab_size: int) -> list[int]:
 
 
 @torch.no_grad()
-def gap(model: Any, prompt: list[int], completion: list[int], logprobs: list[float]) -> Gap:
+def gap(
+    model: Any,
+    prompt: list[int],
+    completion: list[int],
+    logprobs: list[float],
+    computed_in: torch.dtype | None = None,
+) -> Gap:
     """Compare the log-probs that vLLM sampled with to those of the trainer's model.
 
     Args:
@@ -52,6 +58,7 @@ def gap(model: Any, prompt: list[int], completion: list[int], logprobs: list[flo
         prompt: Token ids, [P].
         completion: Token ids that vLLM sampled at temperature 1, [T].
         logprobs: Their log-probs from vLLM, [T].
+        computed_in: What vLLM multiplies in, where that is not the dtype of the model's logits.
     """
     parameter = next(model.parameters())
     ids = torch.tensor([prompt + completion], device=parameter.device)
@@ -63,4 +70,4 @@ def gap(model: Any, prompt: list[int], completion: list[int], logprobs: list[flo
         model.train(was_training)
     own = logits.float().log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
     difference = (own - torch.tensor(logprobs, device=own.device)).abs()
-    return Gap(float(difference.mean()), float(difference.max()), TOLERANCE.get(logits.dtype, 0.1))
+    return Gap(float(difference.mean()), float(difference.max()), TOLERANCE.get(computed_in or logits.dtype, 0.1))

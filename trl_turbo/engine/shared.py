@@ -11,6 +11,7 @@ from trl_turbo.engine import parity
 from trl_turbo.engine.adapter import ServedAdapter
 from trl_turbo.engine.adapter_config import active_adapter, adapter_declined, adapter_layers
 from trl_turbo.engine.errors import EngineDeclinedError
+from trl_turbo.engine.four_bit import FOUR_BIT_DTYPE
 from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.engine.merged import Fold, LogTooLargeError
 from trl_turbo.engine.names import base_model
@@ -41,6 +42,7 @@ class SharedEngine:
         # The adapter is looked for here: PEFT's wrapper may come after the engine started, and go before it ends
         self._base = base_model(self._model)
         self._worker = worker
+        self._quantised = start.quantised
         self._token_bytes = start.plan.token_bytes
         self._kv_bytes = start.plan.kv_bytes or self._cached_tokens() * self._token_bytes
         self.weights = start.weights
@@ -72,7 +74,7 @@ class SharedEngine:
                 )
             adapter = ServedAdapter(self._base, manager)
             adapter.push()
-            if merges_into(next(iter(self.weights.slots.values())).parameter.dtype):
+            if merges_into(self.weights.dtype, quantised=self._quantised):
                 self.fold = Fold(layers, name)
             self.adapter = adapter
         self._followed = (name, tuple(layers.values()))
@@ -105,7 +107,7 @@ class SharedEngine:
         """Compare the log-probs of one sampled answer with those of the trainer's model."""
         prompt = parity.probe_prompt(self._worker.model_config.get_vocab_size())
         ids, logprobs = sample(prompt, parity.SAMPLED_TOKENS)
-        return parity.gap(self._model, prompt, ids, logprobs)
+        return parity.gap(self._model, prompt, ids, logprobs, FOUR_BIT_DTYPE if self._quantised else None)
 
     def check(self) -> int:
         """Put back what moved; see :meth:`SharedWeights.check`."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl_turbo.engine import four_bit
 from trl_turbo.engine.destinations import Destination, Shape, trace
 from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
 from trl_turbo.engine.names import Slot, base_model, slot_groups
@@ -23,12 +24,15 @@ class _Pair:
     owner: nn.Parameter
     offset: int  # elements, from the start of the owner's storage
     shape: Shape
+    state: four_bit.SharedState | None
 
     def in_place(self) -> bool:
         tensor = self.slot.module._parameters[self.slot.leaf]
         # data_ptr alone: this runs before every rollout, some 0.2 us a tensor
         start = self.owner.data_ptr() + self.offset * self.owner.element_size()
-        return tensor is not None and tensor.data_ptr() == start
+        if tensor is None or tensor.data_ptr() != start:
+            return False
+        return self.state is None or self.state.in_place()
 
 
 class SharedWeights:
@@ -38,7 +42,7 @@ class SharedWeights:
         model: The trainer's model; PEFT wrappers are seen through.
 
     Attributes:
-        nbytes: Bytes of the trainer's weights that vLLM reads in place.
+        nbytes: Bytes of the trainer's weights that vLLM reads in place, with the scales of those in 4 bits.
         padding_bytes: Bytes that sharing added: rows that vLLM pads a vocabulary with.
     """
 
@@ -52,6 +56,16 @@ class SharedWeights:
 
     def __len__(self) -> int:
         return len(self._slots) if self._pairs else 0
+
+    @property
+    def packed(self) -> list[str]:
+        """Names of the weights in 4 bits."""
+        return [name for name, slot in self._slots.items() if four_bit.is_four_bit(slot.parameter)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What vLLM computes in and keeps its cache in: 4-bit weights are bytes."""
+        return next(s.parameter.dtype for s in self._slots.values() if not four_bit.is_four_bit(s.parameter))
 
     @property
     def slots(self) -> Mapping[str, Slot]:
@@ -68,7 +82,9 @@ class SharedWeights:
             raise EngineDeclinedError("the weights are shared with one vLLM already, and this is a second one")
         shapes = self._shapes()
         destinations = trace(vllm_model, shapes)
-        self._pair(adopt(vllm_model, self._slots, destinations), destinations, shapes)
+        four_bit.keep_layout(self._slots.values())
+        states = self._bind(dict(vllm_model.named_parameters()), destinations)
+        self._pair(adopt(vllm_model, self._slots, destinations), destinations, shapes, states)
 
     def fill(self, vllm_model: nn.Module, load: Callable[[], None]) -> None:
         """Let vLLM load its model, and point the trainer's model, which has no values, at what it loaded.
@@ -83,7 +99,7 @@ class SharedWeights:
         shapes = self._shapes()
         destinations = trace(vllm_model, shapes)
         load()
-        self._pair(point(vllm_model, self._slots, destinations), destinations, shapes)
+        self._pair(point(vllm_model, self._slots, destinations), destinations, shapes, {})
         # Buffers, such as rotary tables, are the model's own; its parameters are there already
         self._model.to(next(iter(self._slots.values())).parameter.device)
 
@@ -95,16 +111,34 @@ class SharedWeights:
         owners: Mapping[str, nn.Parameter],
         destinations: Mapping[str, Destination],
         shapes: Mapping[str, Shape],
+        states: Mapping[str, Any],
     ) -> None:
         # Tied slots are checked each: `load_state_dict(assign=True)` gives each a parameter of its own
         self._pairs = tuple(
-            _Pair(slot, owners[into.parameter], into.offset, shapes[group[0].name])
+            _Pair(slot, owners[into.parameter], into.offset, shapes[group[0].name], states.get(group[0].name))
             for group in self._groups
             for into in (destinations[group[0].name],)
             for slot in group
         )
-        self.nbytes = sum(_nbytes(slot.parameter) for slot in self._slots.values())
-        self.padding_bytes = sum(map(_nbytes, owners.values())) - self.nbytes
+        weights = sum(_nbytes(slot.parameter) for slot in self._slots.values())
+        scales = {tensor.data_ptr(): _nbytes(tensor) for state in states.values() for tensor in state.tensors}
+        self.nbytes = weights + sum(scales.values())
+        self.padding_bytes = sum(_nbytes(owner.data) for owner in owners.values()) - weights
+
+    def _bind(
+        self, parameters: Mapping[str, nn.Parameter], destinations: Mapping[str, Destination]
+    ) -> dict[str, four_bit.SharedState]:
+        """Let vLLM's packed parameters have the trainer's quantisation states; returns them by checkpoint name."""
+        members: dict[str, list[tuple[int, nn.Parameter]]] = {}
+        states: dict[str, four_bit.SharedState] = {}
+        for name, slot in self._slots.items():
+            if four_bit.is_four_bit(slot.parameter):
+                into = destinations[name]
+                members.setdefault(into.parameter, []).append((into.offset, slot.parameter))
+                states[name] = four_bit.SharedState(slot)
+        for owner, packed in members.items():
+            four_bit.bind(parameters[owner], packed)
+        return states
 
     def verify(self, vllm_model: nn.Module) -> None:
         """Check, once vLLM has finished loading, that its model still has the parameters that were shared.
@@ -151,8 +185,11 @@ class SharedWeights:
                 f"{pair.slot.name} became {found} on {parameter.device} and was {expected} on {wanted.device}, so "
                 "generation would read an old copy; build the trainer after such changes"
             )
-        wanted.copy_(parameter.data)
-        parameter.data = wanted
+        if pair.state is not None and not pair.state.in_place():
+            pair.state.take()
+        if parameter.data_ptr() != wanted.data_ptr():
+            wanted.copy_(parameter.data)
+            parameter.data = wanted
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -31,6 +31,10 @@ MERGED = (
     "the adapter is folded into the base weights for each rollout and taken out again to the bit: on a 16-bit base "
     f"that samples faster than applying it in every layer ({ADAPTER_VARIABLE}=served does that)"
 )
+_SERVED = (
+    "the adapter is applied beside the 4-bit base in every layer: to fold it in, the base would have to be quantised "
+    "anew for each rollout, which does not come back to the bit"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Start:
         weights: What it will share.
         plan: Its sizes.
         merges_adapter: Whether an adapter that is there now is folded into the base for each rollout.
+        quantised: Whether weights of the base are in 4 bits.
         can_release: Whether the KV cache can be given up between rollouts.
     """
 
@@ -51,6 +56,7 @@ class Start:
     weights: SharedWeights
     plan: Plan
     merges_adapter: bool
+    quantised: bool
     can_release: bool
 
     @property
@@ -58,6 +64,8 @@ class Start:
         """What the user should know, in sentences."""
         if self.merges_adapter:
             return (*self.plan.notes, MERGED)
+        if self.quantised and active_adapter(self.trainee.model) is not None:
+            return (*self.plan.notes, _SERVED)
         return self.plan.notes
 
     @contextmanager
@@ -96,11 +104,11 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
     from trl_turbo.engine.loader import CHECKPOINT_FORMAT, LOAD_FORMAT
 
     weights = SharedWeights(trainee.model)
-    parameter = next(iter(weights.slots.values())).parameter
-    device = device or parameter.device
+    device = device or next(iter(weights.slots.values())).parameter.device
     on_gpu = device.type == "cuda"
     served = active_adapter(trainee.model) is not None
-    merges = served and merges_into(parameter.dtype)
+    packed = weights.packed
+    merges = served and merges_into(weights.dtype, quantised=bool(packed))
     free, total = torch.cuda.mem_get_info(device) if on_gpu else (None, None)
     # What vLLM loads itself is not allocated yet
     unloaded = sum(slot.parameter.nbytes for slot in weights.slots.values()) if trainee.empty else 0
@@ -108,7 +116,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         base_model(trainee.model).config,
         trainee.work,
         given,
-        itemsize=parameter.element_size(),
+        itemsize=weights.dtype.itemsize,
         free_bytes=max(0, free - unloaded) if free is not None else None,
         graphs=on_gpu and not given.get("enforce_eager"),
         adapter=served and not merges,  # graphs with and without the adapter, where it may be served later
@@ -121,7 +129,11 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
     kwargs |= sizes.llm_kwargs
     kwargs |= adapter.llm_kwargs(trainee.model, trainee.max_lora_rank)
     load_format = CHECKPOINT_FORMAT if trainee.empty else LOAD_FORMAT
-    kwargs |= {"load_format": load_format, "dtype": str(parameter.dtype).removeprefix("torch.")}
+    kwargs |= {"load_format": load_format, "dtype": str(weights.dtype).removeprefix("torch.")}
+    if packed:
+        from trl_turbo.engine import four_bit_config
+
+        kwargs |= four_bit_config.llm_kwargs((name.removesuffix(".weight") for name in packed), given)
     if on_gpu and free is not None and total is not None:
         kwargs |= _on_gpu(kwargs, free, total)
     else:
@@ -129,7 +141,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
     kwargs |= _bursts(kwargs, on_gpu)
-    return Start(trainee, kwargs, weights, sizes, merges, can_release=kwargs["enable_sleep_mode"])
+    return Start(trainee, kwargs, weights, sizes, merges, bool(packed), can_release=kwargs["enable_sleep_mode"])
 
 
 def vllm_device() -> torch.device:
@@ -140,7 +152,7 @@ def vllm_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) if launched else 0)
 
 
-def merges_into(dtype: torch.dtype) -> bool:
+def merges_into(dtype: torch.dtype, *, quantised: bool) -> bool:
     """Whether an adapter is folded into base weights of this dtype for each rollout.
 
     Raises:
@@ -151,7 +163,12 @@ def merges_into(dtype: torch.dtype) -> bool:
         raise EngineDeclinedError(
             f"{ADAPTER_VARIABLE}={asked!r} is no way to use an adapter; set auto, merged or served"
         )
-    return asked == "merged" or (asked == "auto" and dtype.itemsize == 2)
+    if asked == "merged" and quantised:
+        raise EngineDeclinedError(
+            f"{ADAPTER_VARIABLE}=merged folds the adapter into a base in 16 or 32 bits, and the model's is in 4; set "
+            "auto or served"
+        )
+    return asked == "merged" or (asked == "auto" and dtype.itemsize == 2 and not quantised)
 
 
 def _on_gpu(kwargs: dict[str, Any], free: int, total: int) -> dict[str, Any]:
