@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trl_turbo.engine import adapter, sizing
+from trl_turbo.engine import adapter, options, sizing
 from trl_turbo.engine.adapter_config import active_adapter
 from trl_turbo.engine.checks import declined
 from trl_turbo.engine.errors import EngineDeclinedError
@@ -20,14 +19,6 @@ from trl_turbo.engine.sharing import SharedWeights
 from trl_turbo.engine.sizing import Plan
 
 _GIB = 1 << 30
-#: How an adapter gets into a rollout: `merged`, `served` or `auto`.
-ADAPTER_VARIABLE = "TRL_TURBO_ROLLOUT_ADAPTER"
-
-
-_MERGED = (
-    "the adapter is folded into the base weights for each rollout and taken out again to the bit: on a 16-bit base "
-    f"that samples faster than applying it in every layer ({ADAPTER_VARIABLE}=served does that)"
-)
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,7 @@ class Start:
         serves_adapter: Whether there is an adapter, for which vLLM has buffers.
         merges_adapter: Whether it is folded into the base for each rollout instead.
         can_release: Whether the KV cache can be given up between rollouts.
+        choices: What was chosen among several ways, and why, in sentences.
     """
 
     trainee: Trainee
@@ -51,13 +43,12 @@ class Start:
     serves_adapter: bool
     merges_adapter: bool
     can_release: bool
+    choices: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know, in sentences."""
-        if self.merges_adapter:
-            return (*self.plan.notes, _MERGED)
-        return self.plan.notes
+        return (*self.plan.notes, *self.choices)
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -97,19 +88,20 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
     parameter = next(iter(weights.slots.values())).parameter
     on_gpu = parameter.is_cuda
     served = active_adapter(trainee.model) is not None
-    merges = served and _merges(parameter.dtype)
+    merges, way = options.merges(parameter.dtype) if served else (False, "")
+    kv_kwargs, kv_itemsize, kv_notes = options.kv_cache(parameter.dtype, given)
     free, total = torch.cuda.mem_get_info(parameter.device) if on_gpu else (None, None)
     sizes = sizing.plan(
         base_model(trainee.model).config,
         trainee.work,
         given,
-        itemsize=parameter.element_size(),
+        itemsize=kv_itemsize,
         free_bytes=free,
         graphs=on_gpu and not given.get("enforce_eager"),
         adapter=served and not merges,  # graphs with and without the adapter, where it may be served later
     )
     kwargs = {name: value for name, value in given.items() if value is not None}
-    kwargs |= sizes.llm_kwargs
+    kwargs |= sizes.llm_kwargs | kv_kwargs
     kwargs |= adapter.llm_kwargs(trainee.model) if served else {}
     kwargs |= {"load_format": LOAD_FORMAT, "dtype": str(parameter.dtype).removeprefix("torch.")}
     if on_gpu and free is not None and total is not None:
@@ -118,16 +110,8 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         # vLLM has no sleep mode on a CPU and refuses to start with it; ours gives up nothing there. Compiling would
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
-    return Start(trainee, kwargs, weights, sizes, served, merges, can_release=kwargs["enable_sleep_mode"])
-
-
-def _merges(dtype: torch.dtype) -> bool:
-    asked = os.environ.get(ADAPTER_VARIABLE, "").strip().lower() or "auto"
-    if asked not in ("auto", "merged", "served"):
-        raise EngineDeclinedError(
-            f"{ADAPTER_VARIABLE}={asked!r} is no way to use an adapter; set auto, merged or served"
-        )
-    return asked == "merged" or (asked == "auto" and dtype.itemsize == 2)
+    choices = (way, *kv_notes) if served else kv_notes
+    return Start(trainee, kwargs, weights, sizes, served, merges, kwargs["enable_sleep_mode"], choices)
 
 
 def _on_gpu(kwargs: dict[str, Any], free: int, total: int) -> dict[str, Any]:
