@@ -1,4 +1,4 @@
-"""OnlineDPO with `use_vllm=False`: what it asks of the policy's `generate` comes from a shared engine where that can be.
+"""OnlineDPO with `use_vllm=False`: what it asks of the policy's `generate` comes from a shared engine where it can.
 
 TRL's two paths differ in more than who samples: the one for vLLM hands over text, to which vLLM adds special tokens,
 and pads to the longest length there could be. The script chose the other one and keeps it: only `generate` is replaced,
@@ -83,10 +83,6 @@ def _moved(trainer: Any) -> str | None:
             top_p=trainer.top_p,
             top_k=trainer.top_k,
             min_p=trainer.min_p,
-            generation_kwargs={
-                **sampler.stopping_at(trainer.generation_config.eos_token_id),
-                **(args.generation_kwargs or {}),
-            },
         )
     except EngineDeclinedError as error:
         return str(error)
@@ -102,8 +98,10 @@ def _generate(owner: Callable[[], Any], original: Callable[..., Any]) -> Callabl
         # Others ask the policy too, such as a callback that shows samples; this is how the trainer asks
         if trainer is None or args or config is None or config is not trainer.generation_config:
             return original(*args, **kwargs)
-        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        responses = sampler.sample(trainer.vllm_generation, ids, mask, config.pad_token_id)
+        ids, mask, generation = kwargs["input_ids"], kwargs["attention_mask"], trainer.vllm_generation
+        given = trainer.args.generation_kwargs or {}
+        generation.generation_kwargs = {**sampler.stopping_at(config.eos_token_id), **given}
+        responses = sampler.sample(generation, ids, mask, config.pad_token_id)
         return torch.cat((ids, responses), dim=1)
 
     return generate

@@ -46,6 +46,7 @@ _HARMLESS = {
     *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"),
     *("use_cache", "cache_implementation", "transformers_version"),
 }
+_REPORTING = ("_", "output_", "return_dict")
 _NEUTRAL = {"repetition_penalty": 1.0, "typical_p": 1.0, "num_beams": 1, "min_p": 0.0, "min_length": 0}
 
 _GENERATION: ContextVar[Any] = ContextVar("trl_turbo_ppo_generation", default=None)
@@ -85,7 +86,7 @@ def _shaped(policy: Any) -> str | None:
     transformers applies it beside TRL's, and TRL's log-probabilities are of the scores after that.
     """
     for name, value in policy.generation_config.to_diff_dict().items():
-        if name in _HARMLESS or name.startswith("_") or value is None or value == _NEUTRAL.get(name):
+        if name in _HARMLESS or name.startswith(_REPORTING) or value in (None, _NEUTRAL.get(name)) or value is False:
             continue
         return f"the policy's generation_config sets {name}={value!r}, which changes what the log-probabilities are of"
     return None
