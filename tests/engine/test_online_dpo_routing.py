@@ -1,4 +1,4 @@
-"""OnlineDPO with `use_vllm=False`, routed to the shared engine: TRL prepares prompts and answers, the engine samples."""
+"""OnlineDPO with `use_vllm=False`, routed to the engine: TRL prepares prompts and answers, the engine samples."""
 
 from __future__ import annotations
 
