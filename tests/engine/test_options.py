@@ -30,39 +30,37 @@ def test_how_an_adapter_is_used_and_why(asked, dtype, merged, why, monkeypatch):
 
 def test_the_dtype_of_the_cache(monkeypatch):
     monkeypatch.delenv("TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE", raising=False)
-    assert options.kv_cache(torch.bfloat16, {}) == ({}, 2, ())
+    assert options.kv_cache(torch.bfloat16, {}) == ({}, 2)
     monkeypatch.setenv("TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE", "fp8")
-    kwargs, itemsize, (note,) = options.kv_cache(torch.bfloat16, {})
-    assert (kwargs, itemsize) == ({"kv_cache_dtype": "fp8"}, 1)
-    assert "slightly different policy" in note
-    assert options.kv_cache(torch.bfloat16, {"kv_cache_dtype": "bfloat16"}) == ({}, 2, ())  # the script's own wins
+    assert options.kv_cache(torch.bfloat16, {}) == ({"kv_cache_dtype": "fp8"}, 1)
+    assert options.kv_cache(torch.bfloat16, {"kv_cache_dtype": "bfloat16"}) == ({}, 2)  # the script's own wins
     given = {"kv_cache_dtype": "fp8_e5m2"}
-    assert options.kv_cache(torch.bfloat16, given)[:2] == (given, 1)
+    assert options.kv_cache(torch.bfloat16, given) == (given, 1)
+    assert options.cache_note(None, "bfloat16", 0.01) == ""
+    assert "slightly different policy than the one that is trained, by 0.012 a token" in options.cache_note(
+        "fp8", "bfloat16", 0.0123
+    )
 
 
 @pytest.mark.vllm
-def test_an_fp8_cache_holds_the_same_work_in_a_quarter_of_float32_or_is_declined_in_words(tmp_path, turbo):
+def test_an_fp8_cache_is_half_as_large_or_declined_in_words(tmp_path, turbo):
     import trl_turbo
     from trl_turbo.engine.errors import EngineDeclinedError
     from trl_turbo.engine.serving import alone
-
-    report = trl_turbo.patch(logprob=False, rollout=True, rollout_kv_cache_dtype="fp8", verbose=False)
-    model, _ = saved(tmp_path, "qwen2_tied")
-    try:
-        if torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported():
-            with alone():
-                llm = turbo(model)
-            assert llm.llm_engine.vllm_config.cache_config.cache_dtype == "fp8"
-            assert 4 * llm.memory_report().kv_bytes == pytest.approx(float32_bytes(model), rel=0.01)
-            assert any("holds fp8" in note.text for note in report.notes)
-        else:
-            with alone(), pytest.raises(EngineDeclinedError, match="FP8 KV cache on CPU"):
-                turbo(model)
-    finally:
-        trl_turbo.unpatch()
-
-
-def float32_bytes(model):
     from trl_turbo.engine.sizing import Work, plan
 
-    return plan(model.config, Work(4, 16, 32), {"max_num_seqs": 4}, itemsize=4).kv_bytes
+    report = trl_turbo.patch(logprob=False, rollout=True, rollout_kv_cache_dtype="fp8", verbose=False)
+    model, _ = saved(tmp_path, "qwen2_tied", dtype=torch.bfloat16, initializer_range=0.02)
+    try:
+        with alone():
+            if not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
+                with pytest.raises(EngineDeclinedError, match="FP8 KV cache on CPU"):
+                    turbo(model)
+                return
+            llm = turbo(model)
+        assert llm.llm_engine.vllm_config.cache_config.cache_dtype == "fp8"
+        whole = plan(model.config, Work(4, 16, 32), {"max_num_seqs": 4}, itemsize=2).kv_bytes
+        assert 2 * llm.memory_report().kv_bytes == pytest.approx(whole, rel=0.01)
+        assert any("the KV cache is fp8" in note.text for note in report.notes)
+    finally:
+        trl_turbo.unpatch()

@@ -120,6 +120,22 @@ def test_the_ratio_starts_at_one_and_samples_are_of_the_trained_weights(order, t
     assert (kinds == {torch.Tensor}) == (order == "without it"), kinds
 
 
+@pytest.mark.parametrize("left", ["logprob", "rollout"])
+def test_either_patch_goes_and_leaves_the_other(left, trainer, monkeypatch):
+    from trl_turbo.patches.logprob.scored import ScoredLogits
+
+    patch(logprob=True)
+    patch(logprob=left == "logprob", rollout=left == "rollout")
+    asked, kinds = [], set()
+    generate, pick = trainer.vllm_generation.generate, module.selective_log_softmax
+    monkeypatch.setattr(trainer.vllm_generation, "generate", lambda *a: asked.append(a) or generate(*a))
+    monkeypatch.setattr(module, "selective_log_softmax", lambda z, index: kinds.add(type(z)) or pick(z, index))
+    drift, _ = trained_on_policy(trainer)
+    assert drift < 1e-4
+    assert bool(asked) == (left == "rollout")
+    assert kinds == {ScoredLogits if left == "logprob" else torch.Tensor}
+
+
 def test_control_scores_of_other_weights_part(trainer, monkeypatch):
     patch()
     score = rollout._Scores.__getitem__

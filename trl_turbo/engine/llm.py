@@ -67,11 +67,11 @@ class TurboLLM(vllm.LLM):
 
     def _finish(self, start: Start) -> None:
         self.shared = SharedEngine(start, self.llm_engine.model_executor.driver_worker)
-        reason = self.shared.compare(self._sample).reason
-        if reason is not None:
-            raise EngineDeclinedError(reason)
+        gap = self.shared.compare(self._sample)
+        if gap.reason is not None:
+            raise EngineDeclinedError(gap.reason + start.suspicion)
         self._reset()
-        for sentence in start.notes:
+        for sentence in start.notes(gap.mean):
             note("rollout", sentence)
 
     def _sample(self, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:

@@ -28,7 +28,7 @@ def merges(dtype: torch.dtype) -> tuple[bool, str]:
     )
 
 
-def kv_cache(dtype: torch.dtype, given: dict[str, Any]) -> tuple[dict[str, Any], int, tuple[str, ...]]:
+def kv_cache(dtype: torch.dtype, given: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """How the KV cache of a model in this dtype is kept.
 
     Args:
@@ -36,15 +36,24 @@ def kv_cache(dtype: torch.dtype, given: dict[str, Any]) -> tuple[dict[str, Any],
         given: What the script passes to `LLM`; a dtype there wins.
 
     Returns:
-        Arguments for `vllm.LLM`, bytes of one element, and what the user should know.
+        Arguments for `vllm.LLM`, and bytes of one element.
     """
-    asked = given.get("kv_cache_dtype") or setting("rollout_kv_cache_dtype")
-    if not str(asked).startswith("fp8"):
-        return {}, dtype.itemsize, ()
-    name = str(dtype).removeprefix("torch.")
-    note = (
-        f"the KV cache holds {asked} where the model computes in {name}, {dtype.itemsize} times the tokens in the same "
-        "memory: samples come from a slightly different policy than the one that is trained, which GRPO's "
-        "importance-sampling correction sees and the other trainers do not"
+    asked = str(given.get("kv_cache_dtype") or setting("rollout_kv_cache_dtype"))
+    return ({"kv_cache_dtype": asked}, 1) if asked.startswith("fp8") else ({}, dtype.itemsize)
+
+
+def cache_note(cache_dtype: str | None, dtype: str, gap: float) -> str:
+    """What the user should know of a cache in another dtype than the model's; empty where it is the same.
+
+    Args:
+        cache_dtype: As vLLM is told, `None` where it is not.
+        dtype: The model's.
+        gap: Mean difference of a token's log-prob to the trainer's model, in one sampled answer.
+    """
+    if not cache_dtype:
+        return ""
+    return (
+        f"the KV cache is {cache_dtype} where the model computes in {dtype}: samples come from a slightly different "
+        f"policy than the one that is trained, by {gap:.2g} a token's log-prob in one answer at the start; GRPO's "
+        "importance-sampling correction sees that and the other trainers do not"
     )
-    return {"kv_cache_dtype": asked}, 1, (note,)

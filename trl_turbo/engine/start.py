@@ -33,7 +33,7 @@ class Start:
         serves_adapter: Whether there is an adapter, for which vLLM has buffers.
         merges_adapter: Whether it is folded into the base for each rollout instead.
         can_release: Whether the KV cache can be given up between rollouts.
-        choices: What was chosen among several ways, and why, in sentences.
+        way: How an adapter is used, and why, in a sentence.
     """
 
     trainee: Trainee
@@ -43,12 +43,22 @@ class Start:
     serves_adapter: bool
     merges_adapter: bool
     can_release: bool
-    choices: tuple[str, ...] = ()
+    way: str = ""
+
+    def notes(self, gap: float) -> tuple[str, ...]:
+        """What the user should know, in sentences.
+
+        Args:
+            gap: Mean difference of a token's log-prob between vLLM and the trainer's model, as measured at start-up.
+        """
+        cache = options.cache_note(self.llm_kwargs.get("kv_cache_dtype"), self.llm_kwargs["dtype"], gap)
+        return tuple(sentence for sentence in (*self.plan.notes, self.way, cache) if sentence)
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know, in sentences."""
-        return (*self.plan.notes, *self.choices)
+    def suspicion(self) -> str:
+        """What may explain log-probs that differ, to end a sentence with; most often nothing."""
+        dtype = self.llm_kwargs.get("kv_cache_dtype")
+        return f"; the KV cache is {dtype}, and rollout_kv_cache_dtype='auto' keeps the model's own" if dtype else ""
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -89,7 +99,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
     on_gpu = parameter.is_cuda
     served = active_adapter(trainee.model) is not None
     merges, way = options.merges(parameter.dtype) if served else (False, "")
-    kv_kwargs, kv_itemsize, kv_notes = options.kv_cache(parameter.dtype, given)
+    kv_kwargs, kv_itemsize = options.kv_cache(parameter.dtype, given)
     free, total = torch.cuda.mem_get_info(parameter.device) if on_gpu else (None, None)
     sizes = sizing.plan(
         base_model(trainee.model).config,
@@ -110,8 +120,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         # vLLM has no sleep mode on a CPU and refuses to start with it; ours gives up nothing there. Compiling would
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
-    choices = (way, *kv_notes) if served else kv_notes
-    return Start(trainee, kwargs, weights, sizes, served, merges, kwargs["enable_sleep_mode"], choices)
+    return Start(trainee, kwargs, weights, sizes, served, merges, kwargs["enable_sleep_mode"], way)
 
 
 def _on_gpu(kwargs: dict[str, Any], free: int, total: int) -> dict[str, Any]:
