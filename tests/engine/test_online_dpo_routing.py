@@ -102,6 +102,18 @@ def test_what_is_not_routed_samples_with_transformers_and_says_why(change, words
     assert "transformers samples, as the script says" in notes(patched)[0]
 
 
+def test_a_trainer_with_a_way_of_its_own_is_left_alone(tmp_path, patched, monkeypatch):
+    import trl.experimental.online_dpo as online_dpo
+
+    class Own(online_dpo.OnlineDPOTrainer):
+        def training_step(self, *args, **kwargs):
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(online_dpo, "OnlineDPOTrainer", Own)
+    assert not hasattr(make_trainer("OnlineDPO", tmp_path, max_steps=1, use_vllm=False), "vllm_generation")
+    assert "it overrides training_step" in notes(patched)[0]
+
+
 def test_the_script_may_keep_its_choice(tmp_path):
     import trl_turbo
 

@@ -234,15 +234,19 @@ def test_an_adapter_is_pushed_before_each_rollout(tmp_path, watched, monkeypatch
     [
         ({"generation": {"repetition_penalty": 1.1}}, "repetition_penalty=1.1"),
         ({"dora": True}, "DoRA"),
+        ({"subclass": True}, "it overrides train"),
     ],
 )
-def test_what_is_declined_samples_with_transformers_and_says_why(change, words, tmp_path):
+def test_what_is_declined_samples_with_transformers_and_says_why(change, words, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     report = patch()
     change = dict(change)
     if change.pop("dora", False):
         config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
         change["peft_config"] = config
+    if change.pop("subclass", False):
+        own = type("Own", (module.PPOTrainer,), {"train": lambda self: module.PPOTrainer.train(self)})
+        monkeypatch.setattr("trl.experimental.ppo.PPOTrainer", own)
     trained = ppo(tmp_path, total_episodes=8, **change)
     assert not hasattr(trained, "vllm_generation")
     assert len(notes(report)) == 1

@@ -23,7 +23,7 @@ from trl_turbo.patches.rollout.routing import ROUTED
 from trl_turbo.patching import Replacement, extend
 
 PATCH = "rollout.online_dpo_routing"
-METHODS = {"_generate": ("self", "model", "prompts")}
+METHODS = {"_generate": ("self", "model", "prompts"), "training_step": ("self", "model", "inputs")}
 
 
 def probe(module: ModuleType) -> str | None:
@@ -46,22 +46,23 @@ def build(module: ModuleType) -> Iterator[Replacement]:
 
 
 def _init(owner: type, original: Callable[..., Any]) -> Callable[..., Any]:
-    generate = owner._generate  # type: ignore[attr-defined]
+    own = {name: getattr(owner, name) for name in METHODS}
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if not self.args.use_vllm:
-            sampler.told(self, _kept(self, generate) or _moved(self), ROUTED)
+            sampler.told(self, _kept(self, own) or _moved(self), ROUTED)
         return result
 
     return method
 
 
-def _kept(trainer: Any, generate: Any) -> str | None:
+def _kept(trainer: Any, own: dict[str, Any]) -> str | None:
     """Say why the script's way to sample must stay, or return `None`."""
-    if type(trainer)._generate is not generate:
-        return "it overrides _generate"
+    for name, method in own.items():
+        if getattr(type(trainer), name) is not method:
+            return f"it overrides {name}"  # as XPO does, which samples from the policy without its adapter too
     return sampler.asked_of_transformers(trainer.args)
 
 

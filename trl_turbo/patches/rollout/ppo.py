@@ -62,22 +62,28 @@ def probe(module: ModuleType) -> str | None:
 
 def build(module: ModuleType) -> Iterator[Replacement]:
     """The replacements: the engine, who uses it, and what samples."""
-    yield Replacement(module.PPOTrainer, "__init__", _init)
+    yield Replacement(module.PPOTrainer, "__init__", functools.partial(_init, module.PPOTrainer))
     yield Replacement(module.PPOTrainer, "train", _with_engine)
     yield Replacement(module.PPOTrainer, "generate_completions", _with_engine)
     yield Replacement(module, "batch_generation", functools.partial(_batch_generation, module))
 
 
-def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+def _init(owner: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         # After accelerate has put the policy where it is trained
         policy = self.accelerator.unwrap_model(self.model).policy
-        sampler.told(self, _shaped(policy) or _moved(self, policy), _ROUTED)
+        sampler.told(self, _overridden(self, owner) or _shaped(policy) or _moved(self, policy), _ROUTED)
         return result
 
     return method
+
+
+def _overridden(trainer: Any, owner: Any) -> str | None:
+    """Say which method of a subclass goes around the engine, or return `None`."""
+    changed = [name for name in METHODS if getattr(type(trainer), name) is not getattr(owner, name)]
+    return f"it overrides {changed[0]}" if changed else None
 
 
 def _shaped(policy: Any) -> str | None:
