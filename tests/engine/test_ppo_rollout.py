@@ -205,6 +205,25 @@ def test_shown_samples_come_from_the_engine_too(trainer, monkeypatch):
     assert asked == [trainer.eval_dataloader.batch_sampler.batch_size]
 
 
+def test_the_reward_rises_and_a_saved_policy_is_the_trained_one(tmp_path, trainer, monkeypatch):
+    """Last of those that share the trainer: the engines that come after take its process groups with them."""
+    from transformers import AutoModelForCausalLM
+
+    patch()
+    monkeypatch.setattr(trainer.args, "num_total_batches", 40)
+    monkeypatch.setattr(trainer.args, "kl_coef", 0.0)
+    del trainer.state.log_history[:]
+    trainer.train()
+    scores = metric(trainer, "objective/scores")
+    assert sum(scores[-10:]) / 10 > sum(scores[:10]) / 10 + 0.5, scores
+
+    trainer.save_model(str(tmp_path))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    trained = trainer.model.policy.state_dict()
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())
+
+
 def test_an_adapter_is_pushed_before_each_rollout(tmp_path, watched, monkeypatch):
     from trl_turbo.engine.adapter import ServedAdapter
 

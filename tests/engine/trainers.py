@@ -81,6 +81,7 @@ def ppo(tmp: Path, *, peft_config: Any = None, generation: dict[str, Any] | None
     model, folder = saved(tmp / "model", "qwen2_tied")
     model.generation_config.update(**(generation or {}))
     words = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(2)  # their heads are made here
     scorers = [
         AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32) for _ in range(2)
     ]
