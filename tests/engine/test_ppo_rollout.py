@@ -54,6 +54,7 @@ def trainer(tmp_path_factory):
     made = ppo(tmp_path_factory.mktemp("ppo"))
     assert "PPOTrainer: samples from a vLLM that shares its weights" in notes(report)[0]
     assert made.vllm_generation.llm.shared is not None
+    made.untrained = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
     yield made
     shut_down(made.vllm_generation.llm)
 
@@ -210,8 +211,15 @@ def test_the_reward_rises_and_a_saved_policy_is_the_trained_one(tmp_path, traine
     from transformers import AutoModelForCausalLM
 
     patch()
+    trainer.model.load_state_dict(trainer.untrained)
+    trainer.optimizer.optimizer.state.clear()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 3e-3
+    monkeypatch.setattr(trainer.lr_scheduler, "step", lambda: None)
     monkeypatch.setattr(trainer.args, "num_total_batches", 40)
     monkeypatch.setattr(trainer.args, "kl_coef", 0.0)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(trainer.reward_model.score.weight, std=0.2)
     del trainer.state.log_history[:]
     trainer.train()
     scores = metric(trainer, "objective/scores")
