@@ -28,6 +28,18 @@ def test_how_an_adapter_is_used_and_why(asked, dtype, merged, why, monkeypatch):
     assert why in sentence
 
 
+def test_a_quantised_base_is_never_folded_into(monkeypatch):
+    from trl_turbo.engine.errors import EngineDeclinedError
+
+    monkeypatch.delenv("TRL_TURBO_ROLLOUT_ADAPTER", raising=False)
+    found, sentence = options.merges(torch.bfloat16, quantised=True)
+    assert not found
+    assert "quantised anew for each rollout" in sentence
+    monkeypatch.setenv("TRL_TURBO_ROLLOUT_ADAPTER", "merged")
+    with pytest.raises(EngineDeclinedError, match="set auto or served"):
+        options.merges(torch.bfloat16, quantised=True)
+
+
 def test_the_dtype_of_the_cache(monkeypatch):
     monkeypatch.delenv("TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE", raising=False)
     assert options.kv_cache(torch.bfloat16, {}) == ({}, 2)

@@ -6,17 +6,36 @@ from typing import Any
 
 import torch
 
+from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.settings import setting
 
 _MERGED = "the adapter is folded into the base weights for each rollout and taken out again to the bit"
 _SERVED = "the adapter is served unmerged: vLLM applies it in every layer"
 
 
-def merges(dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether an adapter is folded into a base of this dtype for each rollout, and why, in a sentence."""
+def merges(dtype: torch.dtype, *, quantised: bool = False) -> tuple[bool, str]:
+    """Whether an adapter is folded into the base weights for each rollout, and why, in a sentence.
+
+    Args:
+        dtype: What the base computes in.
+        quantised: Whether its weights are packed in fewer bits.
+
+    Raises:
+        EngineDeclinedError: Folding was asked for and cannot be done.
+    """
     asked = setting("rollout_adapter")
+    if asked == "merged" and quantised:
+        raise EngineDeclinedError(
+            "rollout_adapter='merged' folds the adapter into a base in 16 or 32 bits, and the model's is quantised; "
+            "set auto or served"
+        )
     if asked != "auto":
         return asked == "merged", f"{_MERGED if asked == 'merged' else _SERVED}, as rollout_adapter={asked!r} asks"
+    if quantised:
+        return False, (
+            f"{_SERVED}, because the base is quantised: to fold it in, the base would have to be quantised anew for "
+            "each rollout, which does not come back to the bit"
+        )
     if dtype.itemsize == 2:
         return True, (
             f"{_MERGED}: on a 16-bit base that samples faster than applying it in every layer "
