@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PREFIX = "TRL_TURBO"
+from trl_turbo import settings
+from trl_turbo.settings import PREFIX
+
 #: What a feature's keyword and variable take beside on and off; each is a way to be on.
 WORDS: dict[str, tuple[str, ...]] = {"rollout": ("script",)}
 #: Features that are off unless asked for, and why, in the words of the report.
@@ -15,7 +17,7 @@ OPT_IN: dict[str, str] = {
     "rollout": "off by default until it is measured on a GPU; patch(rollout=True) or TRL_TURBO_ROLLOUT=1 turns it on"
 }
 #: Names that no feature may have: keywords of ``patch()`` and switches that mean something else.
-RESERVED = frozenset({"strict", "verbose", "plugins"})
+RESERVED = frozenset({"strict", "verbose", "plugins", *settings.WORDS})
 
 _WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
 
@@ -33,15 +35,21 @@ class Switches:
     """What the caller and the environment say, before it is known which features there are.
 
     Args:
-        keywords: The feature keywords of ``patch()``; ``None`` leaves a feature to the environment.
+        keywords: The feature keywords of ``patch()`` and those of settings; ``None`` leaves one to the environment.
         environ: The environment.
+
+    Attributes:
+        settings: The word of each setting.
 
     Raises:
         TypeError: A keyword is neither a bool nor ``None`` nor a word that the feature takes.
-        ValueError: ``TRL_TURBO`` or ``TRL_TURBO_PLUGINS`` has a value that is neither on nor off.
+        ValueError: ``TRL_TURBO`` or ``TRL_TURBO_PLUGINS`` has a value that is neither on nor off, or a setting a word
+            that it does not take.
     """
 
     def __init__(self, keywords: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+        self.settings = settings.resolve(keywords, environ)
+        keywords = {name: value for name, value in keywords.items() if name not in settings.WORDS}
         for name, value in keywords.items():
             if value is not None and not isinstance(value, bool) and value not in WORDS.get(name, ()):
                 others = "".join(f", or {word!r}" for word in WORDS.get(name, ()))
@@ -72,7 +80,7 @@ class Switches:
 
     def misspelt(self, features: Collection[str]) -> tuple[str, ...]:
         """Say which variables of the environment look like a switch and name no feature."""
-        known = {f"{PREFIX}_{feature.upper()}" for feature in features}
+        known = {f"{PREFIX}_{feature.upper()}" for feature in features} | set(map(settings.variable, settings.WORDS))
         others = sorted(set(self._environ) - known - {PREFIX, f"{PREFIX}_PLUGINS"})
         near = ((name, difflib.get_close_matches(name, known, n=1, cutoff=0.85)) for name in others)
         return tuple(f"{name} in the environment switches nothing; did you mean {m[0]}?" for name, m in near if m)

@@ -80,12 +80,14 @@ class Asked:
 
     third_party: bool
     switches: tuple[tuple[str, Switch], ...]
+    settings: tuple[tuple[str, str], ...] = ()
 
 
 def ask(switches: Switches, features: Iterable[str]) -> Asked:
-    """Resolve the switches of these features."""
+    """Resolve the switches of these features, and the settings."""
     third_party = switches.plugins and switches.everything
-    return Asked(third_party, tuple(sorted(switches.resolve(features).items())))
+    resolved = tuple(sorted(switches.resolve(features).items()))
+    return Asked(third_party, resolved, tuple(switches.settings.items()))
 
 
 def make(sources: Sources, switches: Switches) -> Plan:

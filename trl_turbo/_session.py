@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from trl_turbo import _import_hook, _plan, patching, report
+from trl_turbo import _import_hook, _plan, patching, report, settings
 from trl_turbo._features import Switches
 from trl_turbo._plan import Intent, Plan, Sources
 from trl_turbo.patching import Ledger, Patch, Replacement
@@ -106,6 +106,7 @@ class Session:
             found = self._publish()
             if plan is not None:
                 report.set_current(None)
+                settings.set_current(None)
                 patching.set_current(None)
                 self._notes = NoteLog()
         if plan is not None:
@@ -156,6 +157,7 @@ class Session:
             self._clear_kernels(old)
             self._set_kernels(new)
             report.set_current(self._publish())
+            settings.set_current(dict(new.asked.settings))
             patching.set_current(self._extend)
         for sentence in new.warnings:
             self._notes.add("switches", sentence)

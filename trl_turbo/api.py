@@ -18,6 +18,9 @@ def patch(
     verbose: bool | None = None,
     logprob: bool | None = None,
     rollout: bool | Literal["script"] | None = None,
+    rollout_adapter: Literal["auto", "merged", "served"] | None = None,
+    rollout_burst: Literal["auto", "off"] | None = None,
+    rollout_kv_cache_dtype: Literal["auto", "fp8"] | None = None,
     **features: bool | None,
 ) -> Report:
     """Patch TRL in place. Call it anywhere in a script, before or after the imports.
@@ -30,12 +33,18 @@ def patch(
             later, raise from that import. What is turned off by a switch is no error.
         verbose: ``None`` logs one line to the logger ``trl_turbo``, ``True`` the table as well, ``False`` nothing.
         logprob: The fused log-prob in GRPO, RLOO, DPO, OnlineDPO and PPO.
-        rollout: Rollouts of GRPO, RLOO and OnlineDPO from a colocated vLLM that reads the trainer's own weights. Off
-            unless asked for: it is proven on the CPU and not yet measured on a GPU.
-            With ``use_vllm=False`` GRPO and RLOO are routed to it where vLLM is installed and the model can be shared;
-            ``"script"`` leaves that choice to the script.
-            ``TRL_TURBO_ROLLOUT_ADAPTER`` in the environment chooses how a LoRA adapter gets into them: ``merged``,
-            ``served``, or ``auto``, which merges into a 16-bit base.
+        rollout: Rollouts of GRPO, RLOO, OnlineDPO and PPO from a colocated vLLM that reads the trainer's own weights.
+            Off unless asked for: it is proven on the CPU and not yet measured on a GPU.
+            With ``use_vllm=False``, and in PPO, which has no vLLM of its own, trainers are routed to it where vLLM is
+            installed and the model can be shared; ``"script"`` leaves that choice to the script.
+        rollout_adapter: How a LoRA adapter gets into rollouts: ``"merged"`` folds it into the base weights for each and
+            takes it out again to the bit, ``"served"`` lets vLLM apply it in every layer, ``"auto"`` merges into a
+            16-bit base. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_ADAPTER``, and that to ``auto``.
+        rollout_burst: ``"off"`` takes every token through vLLM's scheduler by itself, instead of 16 at a time while all
+            sequences just go on. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_BURST``, and that to ``auto``.
+        rollout_kv_cache_dtype: ``"fp8"`` halves the KV cache of a 16-bit model; samples then come from a slightly
+            different policy. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE``, and that to ``auto``, the
+            model's own dtype.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
             (``rollout`` is off).
@@ -46,12 +55,23 @@ def patch(
 
     Raises:
         TypeError: A keyword names no feature, or its value is neither a bool nor ``None``.
-        ValueError: A switch in the environment is neither on nor off.
+        ValueError: A switch in the environment is neither on nor off, or a setting is none of its words.
         PatchError: Under ``strict``, a patch was skipped or failed.
     """
     from trl_turbo._process import session
 
-    return session.patch(strict=strict, verbose=verbose, features={"logprob": logprob, "rollout": rollout, **features})
+    return session.patch(
+        strict=strict,
+        verbose=verbose,
+        features={
+            "logprob": logprob,
+            "rollout": rollout,
+            "rollout_adapter": rollout_adapter,
+            "rollout_burst": rollout_burst,
+            "rollout_kv_cache_dtype": rollout_kv_cache_dtype,
+            **features,
+        },
+    )
 
 
 patch_trl = patch

@@ -73,8 +73,7 @@ def test_a_merged_adapter_answers_the_same_and_leaves_no_trace(tmp_path, turbo, 
     import trl_turbo
     from trl_turbo.engine import merged
 
-    monkeypatch.setenv("TRL_TURBO_ROLLOUT_ADAPTER", "merged")
-    report = trl_turbo.patch(logprob=False, rollout=True, verbose=False)
+    report = trl_turbo.patch(logprob=False, rollout=True, rollout_adapter="merged", verbose=False)
     model, _ = saved(tmp_path, "qwen2_tied")
     frozen = {n: p.detach().clone() for n, p in model.named_parameters()}
     model = with_adapter(model, **CASES["all linears"])

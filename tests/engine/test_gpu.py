@@ -86,6 +86,27 @@ def test_an_engine_with_graphs_follows_training(way, tmp_path, turbo, monkeypatc
         assert all(torch.equal(base[n], p) for n, p in frozen.items())
 
 
+def test_an_fp8_cache_costs_what_the_report_says(tmp_path, turbo):
+    import trl_turbo
+    from trl_turbo.engine.sizing import Work, plan
+
+    report = trl_turbo.patch(logprob=False, rollout=True, rollout_kv_cache_dtype="fp8", verbose=False)
+    try:
+        model, _ = prepared(tmp_path, adapter=False)
+        llm = turbo(model, work=Work(4, 512, 256))
+        assert llm.shared is not None, llm.declined
+        assert llm.llm_engine.vllm_config.cache_config.cache_dtype.startswith("fp8")
+        whole = plan(model.config, Work(4, 512, 256), {"max_num_seqs": 4}, itemsize=2).kv_bytes
+        assert 2 * llm.memory_report().kv_bytes == pytest.approx(whole, rel=0.01)
+        assert any("the KV cache is fp8" in note.text for note in report.notes)
+        step(model)
+        llm.refresh()
+        gap = gap_of(llm)
+        assert gap.reason is None, gap
+    finally:
+        trl_turbo.unpatch()
+
+
 def test_the_cache_goes_and_comes_back_and_the_weights_stay(tmp_path, turbo):
     model, _ = prepared(tmp_path, adapter=False)
     llm = turbo(model, kv_cache_memory_bytes=1 << 30)

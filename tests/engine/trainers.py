@@ -84,3 +84,48 @@ def trainer(
 
 def metric(trained: Any, name: str) -> list[float]:
     return [entry[name] for entry in trained.state.log_history if name in entry]
+
+
+def ppo(tmp: Path, *, peft_config: Any = None, generation: dict[str, Any] | None = None, **more: Any) -> Any:
+    """A PPO trainer, untrained. `generation` goes into the policy's own generation configuration."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    model, folder = saved(tmp / "model", "qwen2_tied")
+    model.generation_config.update(**(generation or {}))
+    words = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(2)  # their heads are made here
+    scorers = [
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32) for _ in range(2)
+    ]
+    data = Dataset.from_dict({"input_ids": [words(text)["input_ids"] for text in dataset()["prompt"]]})
+    wanted = {
+        "response_length": 8,
+        "num_ppo_epochs": 1,
+        "num_mini_batches": 1,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4,
+        "local_rollout_forward_batch_size": 3,
+        "total_episodes": 16,
+        "num_sample_generations": 0,
+        "missing_eos_penalty": 1.0,
+        "stop_token": "eos",
+        "temperature": 0.7,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",  # a second `train()` goes on where the first one ended
+        "max_steps": -1,
+        **more,
+    }
+    return PPOTrainer(
+        args=settings(PPOConfig, tmp / "out", **wanted),
+        processing_class=words,
+        model=model,
+        ref_model=None if peft_config else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        reward_model=scorers[0],
+        value_model=scorers[1],
+        train_dataset=data,
+        eval_dataset=data,
+        peft_config=peft_config,
+    )

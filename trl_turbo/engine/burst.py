@@ -186,7 +186,7 @@ class _Together(AsyncModelRunnerOutput):
         tokens = [[ids[0] for ids in one] for one in by_request]
         logprobs = _joined([s.logprobs for s in steps]) if last.logprobs is not None else None
         if any(s.req_ids != first.req_ids for s in steps):
-            raise RuntimeError("vLLM reordered its batch inside a burst; set TRL_TURBO_ROLLOUT_BURST=0 and report it")
+            raise RuntimeError("vLLM reordered its batch inside a burst; call patch(rollout_burst='off') and report it")
         return replace(last, sampled_token_ids=tokens, logprobs=logprobs)
 
 

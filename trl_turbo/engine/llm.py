@@ -17,7 +17,7 @@ from trl_turbo.engine.fast_generate import FastGenerate
 from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.engine.serving import Trainee, must_share, take
 from trl_turbo.engine.shared import SharedEngine
-from trl_turbo.engine.start import MERGED, Start, prepare
+from trl_turbo.engine.start import Start, prepare
 from trl_turbo.report import note
 
 
@@ -80,11 +80,11 @@ class TurboLLM(vllm.LLM):
                 "vLLM took another loader than that of the trainer's weights and has its own copy"
             )
         self.shared = SharedEngine(start, self.llm_engine.model_executor.driver_worker)
-        reason = self.shared.compare(self._sample).reason
-        if reason is not None:
-            raise EngineDeclinedError(reason)
+        gap = self.shared.compare(self._sample)
+        if gap.reason is not None:
+            raise EngineDeclinedError(gap.reason + start.suspicion)
         self._reset()
-        for sentence in start.notes:
+        for sentence in start.notes(gap.mean):
             note("rollout", sentence)
 
     def _join(self, running: TurboLLM, trainee: Trainee, kwargs: dict[str, Any]) -> None:
@@ -100,8 +100,9 @@ class TurboLLM(vllm.LLM):
         if reason is not None:
             raise EngineDeclinedError(reason)
         running._reset()
-        for sentence in (*shared.shortfalls(trainee.work, kwargs), *([MERGED] if shared.fold is not None else [])):
-            note("rollout", sentence)
+        for sentence in (*shared.shortfalls(trainee.work, kwargs), shared.way):
+            if sentence:
+                note("rollout", sentence)
         self.__dict__ = running.__dict__
 
     def _other_logprobs(self, kwargs: dict[str, Any]) -> str | None:

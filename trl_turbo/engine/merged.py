@@ -112,7 +112,7 @@ class Fold:
         if changed:
             raise RuntimeError(
                 f"{changed} pieces of the base weights could not be restored: the adapter or the weights were changed "
-                "during a rollout; load the last checkpoint, and set TRL_TURBO_ROLLOUT_ADAPTER=served"
+                "during a rollout; load the last checkpoint, and call patch(rollout_adapter='served')"
             )
 
     def _device(self) -> torch.device:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trl_turbo.engine import parity
+from trl_turbo.engine import options, parity
 from trl_turbo.engine.adapter import ServedAdapter
 from trl_turbo.engine.adapter_config import active_adapter, adapter_declined, adapter_layers
 from trl_turbo.engine.errors import EngineDeclinedError
@@ -16,7 +16,7 @@ from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.engine.merged import Fold, LogTooLargeError
 from trl_turbo.engine.names import base_model
 from trl_turbo.engine.sizing import Work, shortfalls
-from trl_turbo.engine.start import Start, merges_into
+from trl_turbo.engine.start import Start
 from trl_turbo.report import note
 
 _Sample = Callable[[list[int], int], tuple[list[int], list[float]]]
@@ -33,6 +33,7 @@ class SharedEngine:
         weights: The shared weights.
         adapter: The adapter in vLLM's buffers, or `None`.
         fold: The adapter's way into the base weights, where it is merged for each rollout, or `None`.
+        way: How the adapter is used, and why, in a sentence; empty without one.
         can_release: Whether the KV cache can be given up between rollouts.
         kv_released: Whether it is given up at the moment.
     """
@@ -50,6 +51,7 @@ class SharedEngine:
         self.kv_released = False
         self.adapter: ServedAdapter | None = None
         self.fold: Fold | None = None
+        self.way = ""
         self._followed: tuple[str | None, tuple[Any, ...]] = (None, ())
         self._follow()
 
@@ -61,6 +63,7 @@ class SharedEngine:
         if name == before and len(kept) == len(layers) and all(map(operator.is_, kept, layers.values())):
             return
         self.adapter = self.fold = None
+        self.way = ""
         self._followed = (None, ())
         if name is not None:
             reason = adapter_declined(self._base)
@@ -74,7 +77,8 @@ class SharedEngine:
                 )
             adapter = ServedAdapter(self._base, manager)
             adapter.push()
-            if merges_into(self.weights.dtype, quantised=self._quantised):
+            merges, self.way = options.merges(self.weights.dtype, quantised=self._quantised)
+            if merges:
                 self.fold = Fold(layers, name)
             self.adapter = adapter
         self._followed = (name, tuple(layers.values()))

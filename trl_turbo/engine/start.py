@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trl_turbo.engine import adapter, sizing
+from trl_turbo.engine import adapter, options, sizing
 from trl_turbo.engine.adapter_config import active_adapter
 from trl_turbo.engine.checks import declined
 from trl_turbo.engine.errors import EngineDeclinedError
@@ -18,23 +18,9 @@ from trl_turbo.engine.names import base_model
 from trl_turbo.engine.serving import Trainee
 from trl_turbo.engine.sharing import SharedWeights
 from trl_turbo.engine.sizing import Plan
+from trl_turbo.settings import setting
 
 _GIB = 1 << 30
-#: How an adapter gets into a rollout: `merged`, `served` or `auto`.
-ADAPTER_VARIABLE = "TRL_TURBO_ROLLOUT_ADAPTER"
-#: Set to 0, every token passes through vLLM's scheduler by itself; see `burst`.
-BURST_VARIABLE = "TRL_TURBO_ROLLOUT_BURST"
-
-
-#: What the user should know where an adapter is merged.
-MERGED = (
-    "the adapter is folded into the base weights for each rollout and taken out again to the bit: on a 16-bit base "
-    f"that samples faster than applying it in every layer ({ADAPTER_VARIABLE}=served does that)"
-)
-_SERVED = (
-    "the adapter is applied beside the 4-bit base in every layer: to fold it in, the base would have to be quantised "
-    "anew for each rollout, which does not come back to the bit"
-)
 
 
 @dataclass(frozen=True)
@@ -49,6 +35,7 @@ class Start:
         merges_adapter: Whether an adapter that is there now is folded into the base for each rollout.
         quantised: Whether weights of the base are in 4 bits.
         can_release: Whether the KV cache can be given up between rollouts.
+        way: How an adapter is used, and why, in a sentence.
     """
 
     trainee: Trainee
@@ -58,15 +45,22 @@ class Start:
     merges_adapter: bool
     quantised: bool
     can_release: bool
+    way: str = ""
+
+    def notes(self, gap: float) -> tuple[str, ...]:
+        """What the user should know, in sentences.
+
+        Args:
+            gap: Mean difference of a token's log-prob between vLLM and the trainer's model, as measured at start-up.
+        """
+        cache = options.cache_note(self.llm_kwargs.get("kv_cache_dtype"), self.llm_kwargs["dtype"], gap)
+        return tuple(sentence for sentence in (*self.plan.notes, self.way, cache) if sentence)
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know, in sentences."""
-        if self.merges_adapter:
-            return (*self.plan.notes, MERGED)
-        if self.quantised and active_adapter(self.trainee.model) is not None:
-            return (*self.plan.notes, _SERVED)
-        return self.plan.notes
+    def suspicion(self) -> str:
+        """What may explain log-probs that differ, to end a sentence with; most often nothing."""
+        dtype = self.llm_kwargs.get("kv_cache_dtype")
+        return f"; the KV cache is {dtype}, and rollout_kv_cache_dtype='auto' keeps the model's own" if dtype else ""
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -108,7 +102,8 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
     on_gpu = device.type == "cuda"
     served = active_adapter(trainee.model) is not None
     packed = weights.packed
-    merges = served and merges_into(weights.dtype, quantised=bool(packed))
+    merges, way = options.merges(weights.dtype, quantised=bool(packed)) if served else (False, "")
+    kv_kwargs, kv_itemsize = options.kv_cache(weights.dtype, given)
     free, total = torch.cuda.mem_get_info(device) if on_gpu else (None, None)
     # What vLLM loads itself is not allocated yet
     unloaded = sum(slot.parameter.nbytes for slot in weights.slots.values()) if trainee.empty else 0
@@ -116,7 +111,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         base_model(trainee.model).config,
         trainee.work,
         given,
-        itemsize=weights.dtype.itemsize,
+        itemsize=kv_itemsize,
         free_bytes=max(0, free - unloaded) if free is not None else None,
         graphs=on_gpu and not given.get("enforce_eager"),
         adapter=served and not merges,  # graphs with and without the adapter, where it may be served later
@@ -126,7 +121,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         left = {name: value for name, value in sizes.llm_kwargs.items() if name != "kv_cache_memory_bytes"}
         sizes = replace(sizes, llm_kwargs=left, kv_bytes=0, notes=())
     kwargs = {name: value for name, value in given.items() if value is not None}
-    kwargs |= sizes.llm_kwargs
+    kwargs |= sizes.llm_kwargs | kv_kwargs
     kwargs |= adapter.llm_kwargs(trainee.model, trainee.max_lora_rank)
     load_format = CHECKPOINT_FORMAT if trainee.empty else LOAD_FORMAT
     kwargs |= {"load_format": load_format, "dtype": str(weights.dtype).removeprefix("torch.")}
@@ -141,7 +136,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
     kwargs |= _bursts(kwargs, on_gpu)
-    return Start(trainee, kwargs, weights, sizes, merges, bool(packed), can_release=kwargs["enable_sleep_mode"])
+    return Start(trainee, kwargs, weights, sizes, merges, bool(packed), kwargs["enable_sleep_mode"], way)
 
 
 def vllm_device() -> torch.device:
@@ -150,25 +145,6 @@ def vllm_device() -> torch.device:
         return torch.device("cpu")
     launched = int(os.environ.get("WORLD_SIZE") or 1) > 1
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) if launched else 0)
-
-
-def merges_into(dtype: torch.dtype, *, quantised: bool) -> bool:
-    """Whether an adapter is folded into base weights of this dtype for each rollout.
-
-    Raises:
-        EngineDeclinedError: The environment asks for a way that there is not.
-    """
-    asked = os.environ.get(ADAPTER_VARIABLE, "").strip().lower() or "auto"
-    if asked not in ("auto", "merged", "served"):
-        raise EngineDeclinedError(
-            f"{ADAPTER_VARIABLE}={asked!r} is no way to use an adapter; set auto, merged or served"
-        )
-    if asked == "merged" and quantised:
-        raise EngineDeclinedError(
-            f"{ADAPTER_VARIABLE}=merged folds the adapter into a base in 16 or 32 bits, and the model's is in 4; set "
-            "auto or served"
-        )
-    return asked == "merged" or (asked == "auto" and dtype.itemsize == 2 and not quantised)
 
 
 def _on_gpu(kwargs: dict[str, Any], free: int, total: int) -> dict[str, Any]:
@@ -187,7 +163,7 @@ def _bursts(kwargs: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
     else:
         from trl_turbo.engine.cpu_worker import QUALNAME
     chosen: dict[str, Any] = {"worker_cls": QUALNAME}
-    if os.environ.get(BURST_VARIABLE, "").strip() == "0" or kwargs.get("speculative_config"):
+    if setting("rollout_burst") == "off" or kwargs.get("speculative_config"):
         return chosen
     if kwargs.get("scheduler_cls") or (on_gpu and kwargs.get("async_scheduling") is False):
         return chosen

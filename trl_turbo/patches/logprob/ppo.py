@@ -42,6 +42,16 @@ class _Run:
 _RUN: ContextVar[_Run | None] = ContextVar("trl_turbo_ppo_run", default=None)
 
 
+def rollout_starts(context_length: int) -> None:
+    """Say how long the queries of the rollout that is about to be scored are; nothing happens outside of a run.
+
+    For a patch that samples by itself: it may stand before `batch_generation`'s replacement here or behind it.
+    """
+    run = _RUN.get()
+    if run is not None:
+        run.context_length = context_length
+
+
 def probe(module: ModuleType) -> str | None:
     """Why the module does not fit, or `None`."""
     reason = misfit(module, SIGNATURES)
@@ -121,11 +131,11 @@ def _without_stack(original: Callable[..., Any]) -> Callable[..., Any]:
 def _known_log_probs(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def batch_generation(model: Any, queries: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        run = _RUN.get()
-        if run is not None:
-            run.context_length = queries.shape[1]
+        rollout_starts(queries.shape[1])
         # The second is [B, T], by _StepwiseScores
         query_responses, log_probs = original(model, queries, *args, **kwargs)
+        if not isinstance(log_probs, torch.Tensor):
+            return query_responses, log_probs  # sampled by another patch, which scores by the `forward` above
         stats = {"log_probs": log_probs, "targets": query_responses[:, queries.shape[1] :]}
         return query_responses, ScoredLogits(stats, temperature=1.0, vocab=0)
 

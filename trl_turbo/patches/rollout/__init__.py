@@ -1,10 +1,11 @@
-"""Rollouts from a colocated vLLM that reads the trainer's weights, in GRPO, RLOO and OnlineDPO."""
+"""Rollouts from a colocated vLLM that reads the trainer's weights, in GRPO, RLOO, OnlineDPO and PPO."""
 
 from __future__ import annotations
 
 import importlib.util
 from typing import TYPE_CHECKING
 
+from trl_turbo.compat.versions import unmet
 from trl_turbo.hookspecs import hookimpl
 from trl_turbo.patches.lazy import late
 from trl_turbo.patching import Patch
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from trl_turbo.hookspecs import Env
 
 TRL = "trl>=0.29.1,<1.17"
+WITHOUT_PPO = "trl>=1.13"
 ONLINE_DPO = "trl.experimental.online_dpo.online_dpo_trainer"
+PPO = "trl.experimental.ppo.ppo_trainer"
 TRAINERS = (("grpo", "GRPOTrainer"), ("rloo", "RLOOTrainer"))
 
 
@@ -50,4 +53,8 @@ def turbo_patches(env: Env) -> list[Patch]:
         for name, trainer in TRAINERS:
             summary = f"{name.upper()} with use_vllm=False samples so too where the model allows it"
             patches.append(_patch(f"{name}_routing", f"trl.trainer.{name}_trainer", "routing", summary, trainer))
+        summary = "OnlineDPO with use_vllm=False samples so too where the model allows it"
+        patches.append(_patch("online_dpo_routing", ONLINE_DPO, "online_dpo_routing", summary))
+        if unmet((WITHOUT_PPO,), env.versions) is not None:
+            patches.append(_patch("ppo", PPO, "ppo", f"PPO, which has no vLLM of its own, samples {own}"))
     return patches

@@ -14,13 +14,14 @@ from types import ModuleType
 from typing import Any
 
 from trl_turbo.engine.serving import alone
+from trl_turbo.patches.rollout.sampler import asked_of_transformers, foreign, nameless, told, unknown_to
 from trl_turbo.patching import Replacement
-from trl_turbo.report import note
 
 #: What a trainer must have for a switch after it was built.
 ATTRIBUTES = ("use_vllm", "vllm_mode", "_last_loaded_step")
 
-_ROUTED = (
+#: What the report says of a trainer that was routed.
+ROUTED = (
     "samples from a vLLM that shares its weights, though the script says use_vllm=False; patch(rollout='script') "
     "leaves the choice to the script"
 )
@@ -35,8 +36,7 @@ def probe(module: ModuleType, trainer_name: str) -> str | None:
     missing = [name for name in ATTRIBUTES if name not in names]
     if missing:
         return f"{trainer_name}.__init__ no longer sets {missing[0]}"
-    unknown = [name for name in _required(module.VLLMGeneration) if name not in _SOURCES]
-    return f"VLLMGeneration needs {unknown[0]}, which is not known here" if unknown else None
+    return unknown_to(_SOURCES, module.VLLMGeneration)
 
 
 def build(module: ModuleType, trainer_name: str) -> Iterator[Replacement]:
@@ -52,48 +52,22 @@ def _init(module: ModuleType, owner: type, original: Callable[..., Any]) -> Call
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if not self.use_vllm:
-            reason = _without_engine(module) or _kept(self, turn) or _moved(self, module)
-            text = _ROUTED if reason is None else f"{reason}; transformers samples, as the script says"
-            note("rollout", f"{type(self).__name__}: {text}")
+            engine = sys.modules[module.VLLMGeneration.__module__]
+            told(self, foreign(engine) or _kept(self, turn) or _moved(self, module), ROUTED)
         return result
 
     return method
 
 
-def _without_engine(module: ModuleType) -> str | None:
-    """Say why `VLLMGeneration` would start another engine than ours, or return `None`."""
-    from trl_turbo.engine.llm import TurboLLM
-
-    found = getattr(sys.modules[module.VLLMGeneration.__module__], "LLM", None)
-    if found is None:
-        return "TRL found no vLLM that it supports"
-    return None if found is TurboLLM else f"its vLLM would be {found.__module__}.{found.__qualname__}"
-
-
 def _kept(trainer: Any, turn: Any) -> str | None:
     """Say why the script's way to sample must stay, or return `None`."""
-    args = trainer.args
     if getattr(trainer, "rollout_func", None) is not None:
         return "rollout_func samples as it pleases"
     if type(trainer)._generate_single_turn is not turn:
         return "it overrides _generate_single_turn"
-    for name in ("use_transformers_paged", "use_transformers_continuous_batching", "cache_implementation"):
-        if getattr(args, name, None):
-            return f"{name} was asked of transformers"
-    unknown = sorted(set(args.generation_kwargs or {}) - _sampling_arguments())
-    if unknown:
-        return f"generation_kwargs has {unknown[0]!r}, which vLLM does not know"
     if getattr(trainer, "loss_type", "") == "vespo":
         return "loss_type='vespo' takes other corrections for vLLM's samples than the default"
-    if not getattr(trainer.model, "name_or_path", ""):
-        return "the model has no name or path from which vLLM could read its configuration"
-    return None
-
-
-def _sampling_arguments() -> set[str]:
-    from trl_turbo.engine.llm import sampling_arguments
-
-    return sampling_arguments()
+    return asked_of_transformers(trainer.args) or nameless(trainer.model)
 
 
 def _moved(trainer: Any, module: ModuleType) -> str | None:
@@ -141,11 +115,6 @@ _SOURCES: dict[str, Callable[[Any], Any]] = {
     "logprobs": lambda t: 0 if hasattr(t, "vllm_importance_sampling_correction") else None,
     "generation_kwargs": _eos,
 }
-
-
-def _required(generation: Any) -> list[str]:
-    parameters = list(inspect.signature(generation.__init__).parameters.values())[1:]
-    return [p.name for p in parameters if p.default is inspect.Parameter.empty]
 
 
 def _arguments(trainer: Any, generation: Any) -> dict[str, Any]:
