@@ -15,8 +15,8 @@ class LoraLayer(NamedTuple):
     """One linear with its adapter: the weight becomes weight + (lora_B * scaling) @ lora_A."""
 
     weight: torch.Tensor  # [out, in]
-    lora_A: torch.Tensor  # [r, in]
-    lora_B: torch.Tensor  # [out, r]
+    lora_A: torch.Tensor  # [r, in]  # noqa: N815 (PEFT's name)
+    lora_B: torch.Tensor  # [out, r]  # noqa: N815
     scaling: float
 
 

@@ -21,8 +21,8 @@ class Kind(NamedTuple):
     """What one launch has in common."""
 
     weight: torch.dtype
-    lora_A: torch.dtype
-    lora_B: torch.dtype
+    lora_A: torch.dtype  # noqa: N815
+    lora_B: torch.dtype  # noqa: N815
     aligned: bool  # rows of weight and lora_A start at multiples of 16 bytes and have multiples of 8 elements
     even: bool  # tiles do not reach beyond the last column
 
