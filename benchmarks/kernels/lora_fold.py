@@ -32,7 +32,7 @@ SHARES = (0.003, 0.03)
 # Reads and writes of the weights that are needed: count reads, fold and restore read and write
 PASSES = 5
 BAR_MS = {"Qwen2.5-1.5B": 15.0}
-TILES = ((64, 128, 8), (32, 128, 4), (64, 128, 4), (128, 128, 8), (128, 128, 16), (64, 256, 8), (32, 256, 8))
+TILES = ((64, 128, 8), (64, 64, 4), (32, 64, 4), (32, 128, 8), (128, 128, 8), (128, 128, 16))
 Shapes = dict[str, tuple[int, int]]
 
 

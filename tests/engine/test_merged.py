@@ -135,6 +135,37 @@ def test_a_second_fold_and_a_change_in_between_are_refused():
         fold.restore()
 
 
+def test_what_a_script_put_in_place_of_a_parameter_is_folded():
+    layers = {"q": layer(48, 64, 8, torch.bfloat16, scale=0.002), "up": layer(96, 64, 4, torch.bfloat16, scale=0.002)}
+    fold = Fold(layers, "default")
+    fold.fold()
+    fold.restore()
+    q = layers["q"]
+    base, b = q.get_base_layer().weight, q.lora_B["default"]
+    base.data = 0.5 * base.data
+    b.weight = nn.Parameter(2.0 * b.weight.data)
+    q.scaling["default"] = 3.0
+    before = bits(layers)
+    expected = (base.float() + 3.0 * b.weight @ q.lora_A["default"].weight).to(torch.bfloat16)
+    fold.fold()
+    torch.testing.assert_close(base.data, expected)
+    b.weight = nn.Parameter(torch.zeros_like(b.weight))  # what was folded is taken out, not what stands there now
+    q.scaling["default"] = 1.0
+    fold.restore()
+    assert same(bits(layers), before)
+
+
+def test_a_graph_that_saved_the_weights_can_still_go_backward():
+    layers = {"q": layer(48, 64, 8, torch.bfloat16, scale=0.002)}
+    inputs = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True)
+    loss = layers["q"].get_base_layer()(inputs).sum()
+    fold = Fold(layers, "default")
+    fold.fold()
+    fold.restore()
+    loss.backward()
+    assert inputs.grad is not None
+
+
 def test_other_dtypes_are_refused():
     each = layer(8, 8, 2, torch.float32)
     each.get_base_layer().weight.data = each.get_base_layer().weight.data.double()

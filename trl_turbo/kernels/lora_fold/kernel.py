@@ -106,7 +106,7 @@ def _tile(
 @triton.jit
 def _bits(x, SIZE: tl.constexpr):
     if SIZE == 2:
-        return x.to(tl.int16, bitcast=True)
+        return x.to(tl.int16, bitcast=True).to(tl.int32)
     else:
         return x.to(tl.int32, bitcast=True)
 
@@ -119,7 +119,7 @@ def _checksum(weight, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.conste
     """
     place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if SIZE == 2:
-        products = _bits(weight, SIZE).to(tl.int32) * (2 * place + 1)
+        products = _bits(weight, SIZE) * (2 * place + 1)
     else:
         products = _bits(weight, SIZE).to(tl.int64) * (2 * place + 1).to(tl.int64)
     return tl.sum(tl.sum(products, 1), 0).to(tl.int64)
@@ -205,7 +205,7 @@ def _fold_kernel(
     at = (tl.cumsum(by_row, 0) - by_row)[:, None] + tl.cumsum(lost, 1) - 1
     place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if SIZE == 2:
-        entry = (place << 16) | (_bits(weight, SIZE).to(tl.int32) & 0xFFFF)
+        entry = (place << 16) | (_bits(weight, SIZE) & 0xFFFF)
     else:
         entry = (place.to(tl.int64) << 32) | (_bits(weight, SIZE).to(tl.int64) & 0xFFFFFFFF)
     start = tl.load(end_ptr + tl.program_id(0) - 1, mask=tl.program_id(0) > 0, other=0)
