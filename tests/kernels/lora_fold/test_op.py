@@ -73,6 +73,12 @@ def test_the_kernel_is_not_for_the_cpu():
     assert not table.takes([make(4, 8, 2, torch.bfloat16)])
 
 
+def test_a_tile_that_is_too_large_is_refused():
+    table.Tile(128, 256, 8)
+    with pytest.raises(ValueError, match="more than 32,768 elements"):
+        table.Tile(256, 256, 8)
+
+
 def test_a_table_names_each_tile_once():
     layers = [make(33, 40, 8, torch.bfloat16), make(1, 8, 1, torch.bfloat16)]
     (found,) = table.tables(layers, table.Tile(16, 32, 1))

@@ -179,25 +179,48 @@ def test_an_error_halfway_leaves_the_base_as_it_was(at, monkeypatch):
     layers: list[LoraLayer] = [some(torch.float16), some(torch.float32)]
     before = copied(layers)
     folds = []
-    launch, empty = kernel._launch, torch.empty
+    launch, zeros = kernel._launch, torch.zeros
 
     def failing_launch(jitted, part, *tensors, **constants):
-        if jitted is kernel._fold_kernel:
+        if jitted is kernel.fold_kernel:
             folds.append(part)
             if len(folds) == 2:
                 assert not same(layers, before)
                 raise MemoryError
         launch(jitted, part, *tensors, **constants)
 
-    def failing_empty(size, **kwargs):
+    def failing_zeros(size, **kwargs):
         if kwargs["dtype"] == torch.int64:  # the second log, the float32 weight's
             raise MemoryError
-        return empty(size, **kwargs)
+        return zeros(size, **kwargs)
 
     if at == "log":
-        monkeypatch.setattr(kernel.torch, "empty", failing_empty)
+        monkeypatch.setattr(kernel.torch, "zeros", failing_zeros)
     else:
         monkeypatch.setattr(kernel, "_launch", failing_launch)
     with pytest.raises(MemoryError):
         kernel.fold(layers, 1.0, SMALL)
     assert same(layers, before)
+
+
+def test_a_change_between_the_launches_writes_nothing_beside_the_log(monkeypatch):
+    layer = some(torch.float16)
+    launch, zeros, buffers = kernel._launch, torch.zeros, []
+
+    def guarded(size, **kwargs):
+        buffers.append(torch.full((size + 2000,), -7, **kwargs))
+        return buffers[-1][:size].zero_()
+
+    def late(jitted, *args, **kwargs):
+        if jitted is kernel.fold_kernel:
+            layer.lora_B.mul_(100)  # more is lost now than was counted
+        launch(jitted, *args, **kwargs)
+
+    monkeypatch.setattr(kernel.torch, "zeros", guarded)
+    monkeypatch.setattr(kernel, "_launch", late)
+    folded = kernel.fold([layer], 1.0, SMALL)
+    monkeypatch.setattr(kernel.torch, "zeros", zeros)
+    log = folded.parts[0].log
+    assert (buffers[-1][len(log) :] == -7).all()
+    assert (log == 0).all()  # no tile lost as many as were counted
+    assert folded.restore() > 0

@@ -15,6 +15,7 @@ from .spec import DTYPES, LoraLayer
 #: scaling in float32; the layer's first tile and how many it has.
 FIELDS = 10
 _LONGEST_ROW = 1 << 22
+_LARGEST_TILE = 1 << 15
 
 
 class Kind(NamedTuple):
@@ -29,11 +30,19 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's share of a weight, and its warps."""
+    """A program's share of a weight, and its warps. Sides are powers of two.
+
+    Raises:
+        ValueError: It has more elements than the log's places and the checksum tell apart.
+    """
 
     rows: int
     columns: int
     warps: int
+
+    def __post_init__(self) -> None:
+        if self.rows * self.columns > _LARGEST_TILE:
+            raise ValueError(f"a tile of {self.rows} x {self.columns} has more than {_LARGEST_TILE:,} elements")
 
 
 @dataclass(frozen=True)
