@@ -53,7 +53,34 @@ def _row(row: dict[str, Any], names: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-SECTIONS = {"linear_logprob": linear_logprob}
+def lora_fold() -> str:
+    """The section's table, in Markdown; says so where nothing was measured yet."""
+    path = RESULTS / "lora_fold.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    about, results = data["environment"], data["results"]
+    names = list(results[0]["timings"])
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
+        f"{about['triton']}, PEFT {about['peft']}.",
+        "",
+        "![lora_fold](../benchmarks/results/lora_fold.png)",
+        "",
+        f"| model | layers | adapter adds | log | fold | restore | {' | '.join(names)} | GB/s (copy) | drift of peft |",
+        "|---" * (len(names) + 8) + "|",
+    ]
+    for row in results:
+        cells = [row["model"], str(row["layers"]), f"{row['adapter_share']:.1%}"]
+        cells += [f"{row['log_bytes'] / row['weight_bytes']:.2%}", f"{row['fold_ms']:.1f}", f"{row['restore_ms']:.1f}"]
+        timings = (row["timings"][name] for name in names)
+        cells += [f"{timing['median_ms']:.1f} ({timing['extra_mib']:.0f})" for timing in timings]
+        cells += [f"{row['gbps']:,.0f} ({row['copy_gbps']:,.0f})", f"{row['peft_changed'] / row['weights']:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SECTIONS = {"linear_logprob": linear_logprob, "lora_fold": lora_fold}
 
 
 def rendered(page: str) -> str:

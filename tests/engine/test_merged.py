@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from trl_turbo.engine import merged
 from trl_turbo.engine.merged import Fold, LogTooLargeError
+from trl_turbo.kernels.lora_fold import reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -74,7 +74,7 @@ def test_control_without_the_log_bits_are_lost():
     before = bits(layers)
     fold = Fold(layers, "default")
     fold.fold()
-    for _, pieces in fold._folded:
+    for pieces in fold._folded.pieces:
         for piece in pieces:
             assert len(piece.index)
             piece.index, piece.bits = piece.index[:0], piece.bits[:0]
@@ -84,7 +84,7 @@ def test_control_without_the_log_bits_are_lost():
 
 
 def test_pieces_of_any_size_and_ragged_rows(monkeypatch):
-    monkeypatch.setattr(merged, "PIECE", 7 * 64)
+    monkeypatch.setattr(reference, "PIECE", 7 * 64)
     layers = {"q": layer(50, 64, 8, torch.bfloat16, scale=0.002), "one": layer(1, 64, 8, torch.float16, scale=0.002)}
     before = bits(layers)
     fold = Fold(layers, "default")
@@ -105,10 +105,10 @@ def test_a_log_that_grows_too_large_leaves_the_base_as_it_was():
 
 
 def test_an_error_halfway_leaves_the_base_as_it_was(monkeypatch):
-    monkeypatch.setattr(merged, "PIECE", 7 * 64)
+    monkeypatch.setattr(reference, "PIECE", 7 * 64)
     layers = {"q": layer(50, 64, 8, torch.bfloat16, scale=0.002), "up": layer(50, 64, 8, torch.bfloat16, scale=0.002)}
     before = bits(layers)
-    honest, calls = merged._fold, []
+    honest, calls = reference._fold, []
 
     def out_of_memory(rows, delta):
         calls.append(rows)
@@ -116,7 +116,7 @@ def test_an_error_halfway_leaves_the_base_as_it_was(monkeypatch):
             raise MemoryError
         return honest(rows, delta)
 
-    monkeypatch.setattr(merged, "_fold", out_of_memory)
+    monkeypatch.setattr(reference, "_fold", out_of_memory)
     fold = Fold(layers, "default")
     with pytest.raises(MemoryError):
         fold.fold()
@@ -133,6 +133,37 @@ def test_a_second_fold_and_a_change_in_between_are_refused():
     layers["q"].lora_B["default"].weight.data.add_(0.1)
     with pytest.raises(RuntimeError, match="changed during a rollout"):
         fold.restore()
+
+
+def test_what_a_script_put_in_place_of_a_parameter_is_folded():
+    layers = {"q": layer(48, 64, 8, torch.bfloat16, scale=0.002), "up": layer(96, 64, 4, torch.bfloat16, scale=0.002)}
+    fold = Fold(layers, "default")
+    fold.fold()
+    fold.restore()
+    q = layers["q"]
+    base, b = q.get_base_layer().weight, q.lora_B["default"]
+    base.data = 0.5 * base.data
+    b.weight = nn.Parameter(2.0 * b.weight.data)
+    q.scaling["default"] = 3.0
+    before = bits(layers)
+    expected = (base.float() + 3.0 * b.weight @ q.lora_A["default"].weight).to(torch.bfloat16)
+    fold.fold()
+    torch.testing.assert_close(base.data, expected)
+    b.weight = nn.Parameter(torch.zeros_like(b.weight))  # what was folded is taken out, not what stands there now
+    q.scaling["default"] = 1.0
+    fold.restore()
+    assert same(bits(layers), before)
+
+
+def test_a_graph_that_saved_the_weights_can_still_go_backward():
+    layers = {"q": layer(48, 64, 8, torch.bfloat16, scale=0.002)}
+    inputs = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True)
+    loss = layers["q"].get_base_layer()(inputs).sum()
+    fold = Fold(layers, "default")
+    fold.fold()
+    fold.restore()
+    loss.backward()
+    assert inputs.grad is not None
 
 
 def test_other_dtypes_are_refused():

@@ -1,4 +1,4 @@
-"""Runs `twins.py` where Triton can: interpreted on any machine, compiled where there is a GPU."""
+"""Runs each `twins.py` where Triton can: interpreted on any machine, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
-TWINS = Path(__file__).with_name("twins.py")
+HERE = Path(__file__).parent
+TWINS = [HERE / "twins.py", HERE / "lora_fold" / "twins.py"]
+each_file = pytest.mark.parametrize("twins", TWINS, ids=lambda path: path.parent.name)
 
 
-def run(**env: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(TWINS)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, cwd=TWINS.parents[2])
+def run(twins: Path, **env: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(twins)]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, cwd=HERE.parents[1])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
+@each_file
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
-def test_twins_interpreted():
-    run(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+def test_twins_interpreted(twins):
+    run(twins, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
+@each_file
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_twins_compiled():
-    run(TRITON_INTERPRET="0")
+def test_twins_compiled(twins):
+    run(twins, TRITON_INTERPRET="0")
