@@ -121,12 +121,45 @@ class LeanSteps:
             if step:
                 self._advance(batch)
                 hidden = self._replay(graph)
-            output, counts, rejected = runner.sample(hidden, batch, None)
+            output = self._sample(hidden, batch)
             runner.postprocess_sampled(
-                batch.idx_mapping, output.sampled_token_ids, counts, rejected, batch.query_start_loc
+                batch.idx_mapping,
+                output.sampled_token_ids,
+                output.num_sampled,
+                output.num_rejected,
+                batch.query_start_loc,
             )
             sampled.append(output)
         return self._output(batch, sampled)
+
+    def _sample(self, hidden: Any, batch: Any) -> Any:
+        """As the runner's `sample`; the log-prob of nothing but the sampled token comes from our kernel.
+
+        vLLM's have one program a row, of which a decode batch has few: 0.14 ms of a step of 2.3 ms on one H200, with 8
+        sequences and 151,936 tokens.
+        """
+        runner, sampler = self._runner, self._runner.sampler
+        wanted = sampler.sampling_states.max_num_logprobs(batch.idx_mapping_np)
+        others = sampler.logprob_token_ids_state.max_num_token_ids(batch.idx_mapping_np)
+        if wanted > 0 or others or sampler.compute_nans or sampler.logprobs_mode != "processed_logprobs":
+            return runner.sample(hidden, batch, None)[0]
+        tokens, processed = sampler.sample(
+            runner.model.compute_logits(hidden[batch.logits_indices]),
+            batch.expanded_idx_mapping,
+            batch.idx_mapping_np,
+            batch.positions[batch.logits_indices],
+            batch.input_ids[batch.logits_indices],
+            batch.expanded_local_pos,
+            return_logprobs=wanted == 0,
+        )
+        one = torch.ones(batch.num_reqs, dtype=torch.int32, device=tokens.device)
+        return SamplerOutput(
+            sampled_token_ids=tokens.view(-1, 1),
+            logprobs_tensors=_logprobs(processed, tokens) if wanted == 0 else None,
+            num_nans=None,
+            num_sampled=one,
+            num_rejected=torch.zeros_like(one),
+        )
 
     def _advance(self, batch: Any) -> None:
         """Make the graph's inputs those of the next token."""

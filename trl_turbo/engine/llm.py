@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,7 +66,7 @@ class TurboLLM(vllm.LLM):
         # vLLM's engine core must live in this process to see the trainer's tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
-            with start.loading():
+            with start.loading(), _nothing_collected():
                 super().__init__(*args, **start.llm_kwargs)
             self._finish(start)
         except EngineDeclinedError:
@@ -132,6 +133,7 @@ class TurboLLM(vllm.LLM):
             client.engine_core.scheduler.shutdown()
         del engine
         gc.collect()
+        _release_pools()
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -238,6 +240,34 @@ class TurboLLM(vllm.LLM):
         if self.shared is None:
             raise RuntimeError(f"this engine shares no weights ({self.declined or 'it was not built by a trainer'})")
         return self.shared.memory_report()
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Collect garbage now, and none while this is open.
+
+    CUDA graphs of an engine that is gone, such as that of a notebook's last trainer, are garbage in cycles; one that is
+    destroyed while vLLM captures graphs makes the capture fail (seen with vLLM 0.26).
+    """
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _release_pools() -> None:
+    """Let go of the memory pools of an engine that did not start: the next one would abort the process over them.
+
+    vLLM's worker does it when it shuts down, which one that never came to be does not.
+    """
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    allocator = module.CuMemAllocator.instance if module is not None else None
+    if allocator is not None and hasattr(allocator, "release_pools"):
+        allocator.release_pools()
 
 
 def _without_text(params: Any) -> Any:
