@@ -30,14 +30,35 @@ def _collected():
     gc.collect()
 
 
+def free_port() -> int:
+    """Not a fixed one: another run on this machine may hold it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
+def alone(patch: pytest.MonkeyPatch) -> None:
+    """Undo what TRL sets for vLLM and leaves: the next trainer would take itself for a distributed one.
+
+    TRL looks for a free port too, among four at first, where two runs at the same time find the same one.
+    """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        patch.setenv(name, "")  # remembers what was there, and puts it back
+        patch.delenv(name)
+    patch.setattr("trl.trainer.utils._find_free_port", free_port, raising=False)
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch)
+
+
 @pytest.fixture
 def turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts engines as TRL does: `turbo(model, **kwargs)`."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
-    with socket.socket() as free:  # not a fixed one: another run on this machine may hold it
-        free.bind(("localhost", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
 
     started = []
 

@@ -18,17 +18,10 @@ from tests.engine.trainers import metric
 from tests.engine.trainers import trainer as make_trainer
 from trl_turbo.engine.errors import EngineDeclinedError
 
+pytestmark = pytest.mark.usefixtures("one_process")
 vllm_only = pytest.mark.vllm
 GAP = "sampling/sampling_logp_difference/mean"
 RANK = 8
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    """TRL sets these for vLLM and leaves them: the next trainer would take itself for a distributed one."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # remembers what was there, and puts it back
-        monkeypatch.delenv(name)
 
 
 def by_fast_generate(model):
@@ -437,7 +430,7 @@ def test_trainers_sample_from_the_models_engine(kind, use_vllm, fast, tmp_path, 
 @pytest.mark.trl
 @pytest.mark.parametrize("way", ["served", "merged"])
 def test_a_trainer_with_an_adapter_samples_from_the_models_engine(way, fast, tmp_path, patched, monkeypatch):
-    monkeypatch.setenv("TRL_TURBO_ROLLOUT_ADAPTER", way)
+    patched = trl_turbo.patch(logprob=False, rollout=True, rollout_adapter=way, verbose=False)
     monkeypatch.setattr("trl_turbo.engine.merged.LOG_SHARE", 9)
     trained = make_trainer(
         "GRPO",

@@ -13,7 +13,7 @@ from tests.engine.models import make, saved, tokenizer
 from tests.engine.trainers import metric
 from tests.engine.trainers import trainer as make_trainer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.usefixtures("one_process")]
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: `tox run -e gpu` needs one", allow_module_level=True)
@@ -22,13 +22,6 @@ pytest.importorskip("peft")
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 1 << 30
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05, "max_position_embeddings": 1024}
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -9,15 +9,7 @@ from tests.engine.conftest import shut_down
 from tests.engine.trainers import metric
 from tests.engine.trainers import trainer as make_trainer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.trl]
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    """TRL sets these for vLLM and leaves them: the next trainer would take itself for a distributed one."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # remembers what was there, and puts it back
-        monkeypatch.delenv(name)
+pytestmark = [pytest.mark.vllm, pytest.mark.trl, pytest.mark.usefixtures("one_process")]
 
 
 @pytest.fixture

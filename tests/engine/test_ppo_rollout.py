@@ -10,7 +10,7 @@ import torch
 from tests.engine.conftest import shut_down
 from tests.engine.trainers import metric, ppo
 
-pytestmark = [pytest.mark.vllm, pytest.mark.trl]
+pytestmark = [pytest.mark.vllm, pytest.mark.trl, pytest.mark.usefixtures("one_process")]
 
 pytest.importorskip("vllm")
 module = pytest.importorskip("trl.experimental.ppo.ppo_trainer", reason="TRL has no PPO since 1.13")
@@ -19,14 +19,6 @@ from trl_turbo.patches.rollout import ppo as rollout  # noqa: E402 -- needs TRL'
 
 #: Rounding of one log-prob: vLLM's attention on a CPU takes a fast exponential.
 ROUNDING = 5e-3
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    """TRL sets these for vLLM and leaves them: the next trainer would take itself for a distributed one."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # remembers what was there, and puts it back
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture(autouse=True)

@@ -103,7 +103,7 @@ def test_packed_weights_and_their_scales_are_shared_and_the_adapter_is_served(ca
     assert memory.shared_bytes == weights + sum(map(scale_bytes, states.values()))
     assert memory.copied_bytes == 0
     assert llm.shared.fold is None
-    assert [note.text for note in report.notes if "beside the 4-bit base" in note.text]
+    assert [note.text for note in report.notes if "because the base is quantised" in note.text]
 
     assert_as_trained(llm, model)
     for steps in (3, 1):
@@ -257,7 +257,7 @@ def test_merging_into_4_bits_and_a_missing_plugin_are_declined(tmp_path, sharing
 
     model = with_adapter(quantised(tmp_path, "qwen2_tied"))
     monkeypatch.setenv("TRL_TURBO_ROLLOUT_ADAPTER", "merged")
-    with pytest.raises(EngineDeclinedError, match="into a base in 16 or 32 bits, and the model's is in 4"):
+    with pytest.raises(EngineDeclinedError, match="into a base in 16 or 32 bits, and the model's is quantised"):
         sharing(model)
     monkeypatch.delenv("TRL_TURBO_ROLLOUT_ADAPTER")
     monkeypatch.delitem(sys.modules, "trl_turbo.engine.four_bit_config")

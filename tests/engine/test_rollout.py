@@ -9,17 +9,9 @@ from tests.engine.conftest import shut_down
 from tests.engine.trainers import metric
 from tests.engine.trainers import trainer as make_trainer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.trl]
+pytestmark = [pytest.mark.vllm, pytest.mark.trl, pytest.mark.usefixtures("one_process")]
 
 GAP = "sampling/sampling_logp_difference/mean"
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    """TRL sets these for vLLM and leaves them: the next trainer would take itself for a distributed one."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # remembers what was there, and puts it back
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -102,7 +94,7 @@ def test_grpo_in_4_bits_with_an_adapter(trainer, patched, monkeypatch):
     assert llm.shared.check() == 0
     for name, parameter in trained.model.named_parameters():
         assert name not in frozen or torch.equal(parameter, frozen[name]), name
-    assert any("beside the 4-bit base" in n.text for n in patched.notes if n.feature == "rollout")
+    assert any("because the base is quantised" in n.text for n in patched.notes if n.feature == "rollout")
 
 
 def test_a_resumed_run_samples_from_the_weights_it_loaded(trainer, tmp_path, patched):

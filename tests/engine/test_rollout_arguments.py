@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.conftest import shut_down
+from tests.engine.conftest import alone, shut_down
 from tests.engine.models import saved, tokenizer
 from tests.engine.trainers import dataset, liked, settings
 
@@ -158,13 +158,10 @@ def rollouts(tmp_path_factory):
 
     import trl_turbo
 
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     made = {}
     for who in ("trl", "ours"):
         with pytest.MonkeyPatch.context() as patched:
-            for name in names:
-                patched.setenv(name, "")
-                patched.delenv(name)
+            alone(patched)
             if who == "trl":
                 # As TRL starts it; without these vLLM would take 16 bits and compile for minutes
                 plain = functools.partial(vllm.LLM, dtype="float32", enforce_eager=True)
