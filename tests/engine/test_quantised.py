@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.engine import four_bit
+from tests.engine.conftest import shut_down
 from tests.engine.four_bit import SLACK, assert_as_trained, with_adapter
 from tests.engine.greedy import train
-from tests.engine.models import quantised
+from tests.engine.models import quantised, saved
 from trl_turbo.engine.four_bit import is_four_bit
 from trl_turbo.engine.names import base_weights
 
@@ -281,6 +282,33 @@ def test_a_dequantised_model_of_a_quantised_checkpoint_is_never_taken_for_shared
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "4", dtype=torch.bfloat16).dequantize()
     with pytest.raises(EngineDeclinedError, match="took another loader"):
         sharing(model, quantization=None)
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("one_process")
+def test_from_pretrained_in_4_bits(tmp_path, request):
+    pytest.importorskip("vllm")
+    from peft import LoraConfig, get_peft_model
+
+    import trl_turbo
+
+    saved(tmp_path, "qwen2_tied", dtype=torch.bfloat16, initializer_range=0.05)
+    model, _ = trl_turbo.from_pretrained(
+        tmp_path, fast_inference=True, load_in_4bit=True, max_lora_rank=8, max_num_seqs=4
+    )
+    llm = model.fast_generate.llm
+    request.addfinalizer(lambda: shut_down(llm))
+    assert len(llm.shared.weights.packed) == 14
+    assert llm.memory_report().copied_bytes == 0
+    before = model.fast_generate([[5, 6, 7]], use_tqdm=False)[0].outputs[0].token_ids
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    after = adapted.fast_generate([[5, 6, 7]], use_tqdm=False)[0].outputs[0].token_ids
+    assert list(after) != list(before)
+    assert llm.shared.compare(llm._sample).reason is None
 
 
 def declined(model, **kwargs):

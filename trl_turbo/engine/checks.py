@@ -140,7 +140,7 @@ def _devices(candidate: _Candidate) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"the model is on {device}, and vLLM reads weights on a CUDA device or, as a CPU build, on the CPU"
     if device.type == "cpu" and torch.cuda.is_available():
-        return "the model is on the CPU while vLLM runs on the GPU"
+        return "the model is on the CPU while vLLM runs on the GPU; call model.to('cuda') first"
     return None
 
 
