@@ -29,6 +29,7 @@ SHOWN = (
     ("rollout_s", "rollout s"),
     ("train_s", "training s"),
     ("tokens_s", "tokens/s"),
+    ("sync_ms", "weight sync ms"),
     ("logp_gap_largest", "largest log-prob gap"),
 )
 

@@ -152,6 +152,17 @@ def main() -> None:
         return result
 
     trainer._generate_single_turn = timed
+    syncs: list[float] = []
+    sync_weights = trainer.vllm_generation.sync_weights
+
+    def synced(*given: Any, **named: Any) -> Any:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        sync_weights(*given, **named)
+        torch.cuda.synchronize()
+        syncs.append(time.perf_counter() - begin)
+
+    trainer.vllm_generation.sync_weights = synced
     loaded = peak.now()
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -169,6 +180,7 @@ def main() -> None:
         "step_s": step,
         "rollout_s": rollout,
         "train_s": step - rollout,
+        "sync_ms": 1e3 * statistics.median(syncs[half:] or syncs or [0.0]),
         "tokens_s": args.group * args.prompts * args.completion / rollout,
         "steps_s": step_times,
         "rollouts_s": rollouts,
