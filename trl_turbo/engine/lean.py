@@ -44,17 +44,15 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "sample": ("hidden_states", "input_batch", "grammar_output"),
     "postprocess_sampled": ("idx_mapping", "sampled_tokens", "num_sampled", "num_rejected", "query_start_loc"),
 }
-_SAMPLER: dict[str, tuple[str, ...]] = {
-    "sample": (
-        "logits",
-        "expanded_idx_mapping",
-        "idx_mapping_np",
-        "pos",
-        "input_ids",
-        "expanded_local_pos",
-        "return_logprobs",
-    ),
-}
+_SAMPLER = (
+    "logits",
+    "expanded_idx_mapping",
+    "idx_mapping_np",
+    "pos",
+    "input_ids",
+    "expanded_local_pos",
+    "return_logprobs",
+)
 
 
 def unfit(runner: Any) -> str | None:
@@ -62,13 +60,11 @@ def unfit(runner: Any) -> str | None:
     kind = type(runner)
     if kind.__module__ != _RUNNER:
         return f"{kind.__module__}.{kind.__qualname__} is not vLLM's second GPU runner"
-    module = inspect.getmodule(kind)
-    for owner, names in ((module, _EXPECTED), (kind, _METHODS), (type(runner.sampler), _SAMPLER)):
+    for owner, names in ((inspect.getmodule(kind), _EXPECTED), (kind, _METHODS)):
         for name, wanted in names.items():
-            found = getattr(owner, name, None)
-            given = tuple(inspect.signature(found).parameters) if found is not None else ()
-            if tuple(p for p in given if p != "self") != wanted:
-                return f"{name} takes {given}, not {wanted}"
+            reason = _misfit(owner, name, wanted)
+            if reason is not None:
+                return reason
     state = runner.model_state
     if type(state).__name__ != "DefaultModelState" or getattr(state, "rope_state", None) is not None:
         return f"the model keeps a state beside its cache ({type(state).__name__})"
@@ -78,6 +74,17 @@ def unfit(runner: Any) -> str | None:
     if runner.use_dcp or runner.supports_mm_inputs or runner.model_config.rswa_window is not None:
         return "the runner prepares more than tokens and positions"
     return None
+
+
+def _misfit(owner: Any, name: str, wanted: tuple[str, ...]) -> str | None:
+    """Say why `owner.name` cannot be called with these arguments, or return `None`."""
+    found = getattr(owner, name, None)
+    if found is None:
+        return f"{owner.__name__} has no {name}"
+    given = {p.name: p for p in inspect.signature(found).parameters.values() if p.name != "self"}
+    needed = [p.name for p in given.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    unknown = [n for n in wanted if n not in given] + [n for n in needed if n not in wanted]
+    return f"{name} takes {tuple(given)}, and {unknown[0]} is not as expected" if unknown else None
 
 
 class LeanSteps:
@@ -98,6 +105,7 @@ class LeanSteps:
             self._graph = desc
             return replay(desc)
 
+        self._own_logprobs = _misfit(type(runner.sampler), "sample", _SAMPLER) is None
         manager.run_fullgraph = noted  # on the instance: which graph a step took is kept nowhere else
         self._replay = replay
 
@@ -139,6 +147,8 @@ class LeanSteps:
         sequences and 151,936 tokens.
         """
         runner, sampler = self._runner, self._runner.sampler
+        if not self._own_logprobs:
+            return runner.sample(hidden, batch, None)[0]
         wanted = sampler.sampling_states.max_num_logprobs(batch.idx_mapping_np)
         others = sampler.logprob_token_ids_state.max_num_token_ids(batch.idx_mapping_np)
         if wanted > 0 or others or sampler.compute_nans or sampler.logprobs_mode != "processed_logprobs":
