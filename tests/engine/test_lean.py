@@ -13,10 +13,10 @@ def runner_module():
 
 
 def test_everything_is_called_as_vllm_takes_it(runner_module):
-    from trl_turbo.engine import lean
-
     import vllm
     from packaging.version import Version
+
+    from trl_turbo.engine import lean
 
     found = [
         reason
