@@ -86,7 +86,11 @@ class FourBit:
     def _dequantised(self, out: torch.Tensor) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        dequantize_4bit(self.weight.view(-1, 1), self.state, out=out)
+        packed = self.weight.view(-1, 1)
+        if packed.device.type == "cuda":
+            dequantize_4bit(packed, self.state, out=out)
+        else:  # bitsandbytes 0.50 writes into a given tensor on CUDA alone
+            out.copy_(dequantize_4bit(packed, self.state))
         return out.to(self.dtype)
 
 

@@ -52,14 +52,14 @@ def lora_qkv(x: torch.Tensor, *projections: Projection) -> tuple[torch.Tensor, .
     if _has_gradient(x, tensors):
         return _Linears.apply(x, projections, *tensors)
     with _plainly(x.device):
-        return tuple(y.view(*x.shape[:-1], -1) for y in products.forward(_rows(x), projections, training=False)[0])
+        return tuple(_shaped(y, x) for y in products.forward(_rows(x), projections, training=False)[0])
 
 
 def lora_mlp(x: torch.Tensor, gate: Projection, up: Projection, down: Projection, activation: str) -> torch.Tensor:
     """The gated MLP, down(activation(gate(x)) * up(x)), in one function.
 
-    Keeps x, gate(x) and up(x) for backward, and a few columns [N, r] of each adapter; the product of both halves is made
-    again. SwiGLU and GEGLU: https://arxiv.org/abs/2002.05202
+    Keeps x, gate(x) and up(x) for backward, and a few columns [N, r] of each adapter; the product of both halves is
+    made again. SwiGLU and GEGLU: https://arxiv.org/abs/2002.05202
 
     Args:
         x: [..., in].
@@ -83,7 +83,7 @@ def lora_mlp(x: torch.Tensor, gate: Projection, up: Projection, down: Projection
     if _has_gradient(x, tensors):
         return _Mlp.apply(x, projections, activation, *tensors)
     with _plainly(x.device):
-        return _mlp(_rows(x), projections, activation, training=False)[0].view(*x.shape[:-1], -1)
+        return _shaped(_mlp(_rows(x), projections, activation, training=False)[0], x)
 
 
 class _Linears(torch.autograd.Function):
@@ -95,7 +95,7 @@ class _Linears(torch.autograd.Function):
         ctx.save_for_backward(x if any(needs[::2]) else None, low if any(needs[1::2]) else None)
         ctx.projections, ctx.versions, ctx.shape, ctx.dtype = projections, versions(projections), x.shape, x.dtype
         ctx.set_materialize_grads(False)
-        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+        return tuple(_shaped(y, x) for y in outputs)
 
     @staticmethod
     @once_differentiable
@@ -117,7 +117,7 @@ class _Linears(torch.autograd.Function):
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         projections: Projections,
@@ -128,7 +128,7 @@ class _Mlp(torch.autograd.Function):
             y, saved, ctx.states = _mlp(_rows(x), projections, activation, training=True)
         ctx.save_for_backward(x, *saved)
         ctx.projections, ctx.versions, ctx.activation = projections, versions(projections), activation
-        return y.view(*x.shape[:-1], -1)
+        return _shaped(y, x)
 
     @staticmethod
     @once_differentiable
@@ -171,6 +171,10 @@ def _has_gradient(x: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _plainly(device: torch.device) -> Any:

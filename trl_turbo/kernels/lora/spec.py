@@ -24,13 +24,12 @@ class Adapter(NamedTuple):
 
 
 class Base(Protocol):
-    """A frozen linear: what it makes of its input, and of a gradient.
+    """A frozen linear: what it makes of its input, and of a gradient."""
 
-    Attributes:
-        dtype: In which it multiplies.
-    """
-
-    dtype: torch.dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it multiplies."""
+        ...
 
     def product(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:
         """x [N, in] through the linear with its bias, a new tensor [N, out] that the caller may write to.

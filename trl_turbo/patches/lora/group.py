@@ -1,10 +1,10 @@
 """The projections of attention in one function, though the model's code calls them one by one.
 
 While an attention module's forward runs, the first of its projections that is called computes all of them; the others
-then give out what is there. What a projection gives out is what it would compute, or is not given out: the input must be
-the very same tensor, not written to since, gradients and autocast on or off as they were, and the layer's adapters,
-weights, scalings and dropout as they were. What is left over lives no longer than the forward of the module, however that
-ends: gradient checkpointing ends a recomputed forward by an exception, and another thread has a group of its own.
+then give out what is there. What a projection gives out is what it would compute, or is not given out: the input must
+be the very same tensor, not written to since, gradients and autocast on or off as they were, and the layer's adapters,
+weights, scalings and dropout as they were. What is left over lives no longer than the forward of the module, however
+that ends: gradient checkpointing ends a recomputed forward by an exception, and another thread has a group of its own.
 Hooks on the projections themselves run as ever, since the projections are called as ever.
 """
 

@@ -1,8 +1,8 @@
 """What a PEFT LoRA layer computes in its present state, as a `Projection`, or why that is left to PEFT.
 
 The dtypes are PEFT's (peft/tuners/lora/layer.py and bnb.py, 0.17 to 0.21). Over a dense base the sum is rounded to the
-base's dtype. Over bitsandbytes the base answers in the dtype of its input, and PEFT casts to the adapter's dtype and back
-unless `torch.is_autocast_enabled()`, which asks about CUDA alone.
+base's dtype. Over bitsandbytes the base answers in the dtype of its input, and PEFT casts to the adapter's dtype and
+back unless `torch.is_autocast_enabled()`, which asks about CUDA alone.
 """
 
 from __future__ import annotations
