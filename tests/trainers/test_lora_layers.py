@@ -83,7 +83,10 @@ def test_dropout_is_off_in_evaluation_and_control() -> None:
 LEFT: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "not plain LoRA"),
     "lora-bias": ({"lora_bias": True, "family": "qwen2", "targets": ["q_proj", "v_proj"]}, "lora_bias=True"),
-    "base-bias": ({"bias": "lora_only", "family": "qwen2", "targets": ["q_proj", "v_proj"]}, "trainable weights or biases"),
+    "base-bias": (
+        {"bias": "lora_only", "family": "qwen2", "targets": ["q_proj", "v_proj"]},
+        "trainable weights or biases",
+    ),
 }
 
 
@@ -199,10 +202,12 @@ def test_gradient_checkpointing(reentrant: bool, dropout: float) -> None:
 def test_hooks_on_a_projection_run_and_count() -> None:
     """One that changes the input of v_proj, one that changes what k_proj answers, each way."""
     model = adapted("llama")
-    attention = model.base_model.model.model.layers[0].self_attn
+    attention = model.base_model.model.model.layers[1].self_attn
     attention.v_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     attention.k_proj.register_forward_hook(lambda module, args, output: output + 1)
-    attention.q_proj.register_full_backward_hook(lambda module, grads, _: (grads[0] * 0.5,))
+    attention.q_proj.register_full_backward_hook(
+        lambda module, grads, _: (grads[0] * 0.5,)
+    )  # the first layer's x has none
     stock = passed(model)
     with patched(model):
         assert distance(passed(model), stock) <= CLOSE
@@ -229,7 +234,11 @@ def test_hooks_inside_a_layer_or_an_mlp_are_not_passed_by() -> None:
 def test_an_input_written_to_between_two_projections_is_read_again() -> None:
     model = adapted("llama")
     attention = model.base_model.model.model.layers[0].self_attn
-    attention.v_proj.register_forward_pre_hook(lambda module, args: args[0].mul_(2) and None)
+
+    def double(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        args[0].mul_(2)
+
+    attention.v_proj.register_forward_pre_hook(double)
     with torch.no_grad():
         stock = passed(model)
         with patched(model) as ran:
@@ -260,7 +269,7 @@ def test_an_exception_inside_attention_leaves_nothing_behind() -> None:
 
 def test_threads_have_groups_of_their_own() -> None:
     model = adapted("llama").eval()
-    ids = [tokens() + i for i in range(4)]
+    ids = [tokens().roll(i, 1) for i in range(4)]
     with torch.no_grad():
         stock = [model(input_ids=x).logits for x in ids]
         wrong: list[int] = []
