@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from trl_turbo.kernels.rows import takes
+
 from . import reference
 
 #: torch's `silu`, `gelu(approximate="none")` and `gelu(approximate="tanh")`.
@@ -86,8 +88,14 @@ def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
         )
 
 
-def _passes(*tensors: torch.Tensor) -> ModuleType:
-    """Who makes the passes over these."""
+def _passes(gate: torch.Tensor, up: torch.Tensor, *others: torch.Tensor) -> ModuleType:
+    """Who makes the passes over these: the kernels, or plain torch."""
+    if takes(gate, up, *others) and gate.dtype == up.dtype:
+        try:
+            from . import passes
+        except ImportError:  # torch builds without Triton (Windows)
+            return reference
+        return passes
     return reference
 
 

@@ -40,7 +40,7 @@ def backward(
     """See `op.gated_backward`."""
     wide = _wide(gate, up)
     x, other, grad = gate.to(wide), up.to(wide), grad_h.to(wide)
-    act, slope = _with_slope(x, activation)
+    act, slope = activate(x, activation), _slope(x, activation)
     h = (act * other).to(torch.promote_types(gate.dtype, up.dtype)) if with_h else None
     grad_gate, grad_up = (grad * other * slope).to(gate.dtype), (grad * act).to(up.dtype)
     if in_place:
@@ -52,15 +52,15 @@ def _wide(gate: torch.Tensor, up: torch.Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(gate.dtype, up.dtype), torch.float32)
 
 
-def _with_slope(x: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The activation of x [...] and its derivative."""
+def _slope(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """The activation's derivative at x [...]."""
     if activation == "silu":
         s = torch.sigmoid(x)
-        return x * s, s + x * s * torch.sigmoid(-x)
+        return s + x * s * torch.sigmoid(-x)
     if activation == "gelu":
         share = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-        return x * share, share + x * torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+        return share + x * torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
     # 0.5 * (1 + tanh(t / 2)) is the sigmoid of t
     t = 2 * math.sqrt(2 / math.pi) * (x + _CUBIC * x * x * x)
     s = torch.sigmoid(t)
-    return x * s, s + x * s * torch.sigmoid(-t) * (2 * math.sqrt(2 / math.pi)) * (1 + 3 * _CUBIC * x * x)
+    return s + x * s * torch.sigmoid(-t) * (2 * math.sqrt(2 / math.pi)) * (1 + 3 * _CUBIC * x * x)

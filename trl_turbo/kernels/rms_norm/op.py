@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from trl_turbo.kernels.rows import takes
+
 from . import reference
-from .spec import Norm
+from .spec import WIDEST, Norm
 
 
 def rms_norm(
@@ -22,8 +24,8 @@ def rms_norm(
 ) -> torch.Tensor:
     """Divide each row by its root mean square and scale it (arXiv:1910.07467), in float32 (float64 for float64).
 
-    Llama's form rounds first, `(x / rms).to(x.dtype) * weight`; Gemma's last, `(x / rms * (1 + weight)).to(x.dtype)`, which
-    is `offset=1.0, scale_in_float32=True`. For backward x and 1 / rms are kept. A second derivative raises.
+    Llama's form rounds first, `(x / rms).to(x.dtype) * weight`; Gemma's last, `(x / rms * (1 + weight)).to(x.dtype)`,
+    which is `offset=1.0, scale_in_float32=True`. For backward x and 1 / rms are kept. A second derivative raises.
 
     Args:
         x: [..., D], any floating dtype and strides.
@@ -82,7 +84,13 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def _passes(*tensors: torch.Tensor) -> ModuleType:
-    """Who makes the passes over these."""
+    """Who makes the passes over these: the kernels, or plain torch."""
+    if takes(*tensors) and tensors[0].shape[-1] <= WIDEST:
+        try:
+            from . import passes
+        except ImportError:  # torch builds without Triton (Windows)
+            return reference
+        return passes
     return reference
 
 

@@ -65,7 +65,7 @@ def backward(
     grad_weight = None
     if needs_weight:
         factor = y if norm.scale_in_float32 else y.to(x.dtype).to(y.dtype)
-        grad_weight = (grad * factor).flatten(0, -2).sum(0, dtype=rstd.dtype).to(weight.dtype)
+        grad_weight = (grad * factor).unsqueeze(0).flatten(0, -2).sum(0, dtype=rstd.dtype).to(weight.dtype)
     return new.to(x.dtype), grad_weight
 
 

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+#: Rows that fit a program's registers; plain torch serves wider ones.
+WIDEST = 16_384
+
 
 class Norm(NamedTuple):
     """The form of a norm.
@@ -13,7 +16,7 @@ class Norm(NamedTuple):
     Attributes:
         eps: Added to the mean square.
         offset: Added to the weight; 1 in Gemma.
-        scale_in_float32: Whether the weight multiplies before the result is rounded to x's dtype (Gemma) or after (Llama).
+        scale_in_float32: Whether the weight multiplies before rounding to x's dtype (Gemma) or after (Llama).
     """
 
     eps: float

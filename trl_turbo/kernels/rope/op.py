@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from trl_turbo.kernels.rows import takes
+
 from . import reference
 
 
@@ -22,8 +24,8 @@ def rope(
     """Turn each pair of queries' and keys' columns by an angle (arXiv:2104.09864): x * cos + rotate(x) * sin.
 
     It rounds as transformers' `apply_rotary_pos_emb` does where all dtypes are one, each product and the sum. Where the
-    angles' is wider (float32 beside bfloat16), products are in that one and only the result is rounded. For backward cos
-    and sin are kept. A second derivative raises.
+    angles' is wider (float32 beside bfloat16), products are in that one and only the result is rounded. For backward
+    cos and sin are kept. A second derivative raises.
 
     Args:
         q: [B, H, T, D], any floating dtype and strides.
@@ -34,7 +36,7 @@ def rope(
             cos and sin have a column for each column of q.
 
     Returns:
-        New q [B, H, T, D] and k [B, Hk, T, D] in q's dtype, their dimensions in memory in the same order as q's and k's.
+        New q [B, H, T, D] and k [B, Hk, T, D] in q's dtype, dimensions in memory in the same order as those of q and k.
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit.
@@ -58,13 +60,20 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
         )
     if len({x.device for x in (q, k, cos, sin)}) > 1 or q.dtype != k.dtype:
         raise ValueError(
-            f"q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}, cos on {cos.device} and sin on {sin.device}; q and "
-            "k must have one dtype, and all one device"
+            f"q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}, cos on {cos.device} and sin on {sin.device}; "
+            "q and k must have one dtype, and all one device"
         )
 
 
-def _passes(*tensors: torch.Tensor) -> ModuleType:
-    """Who turns these."""
+def _passes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> ModuleType:
+    """Who turns these: the kernel, or plain torch."""
+    tensors = (q, k, cos, sin)
+    if takes(*tensors) and cos.dtype == sin.dtype and all(x.stride(-1) == 1 for x in tensors):
+        try:
+            from . import kernel
+        except ImportError:  # torch builds without Triton (Windows)
+            return reference
+        return kernel
     return reference
 
 

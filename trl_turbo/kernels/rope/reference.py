@@ -6,7 +6,7 @@ import torch
 
 
 def rotate(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """A quarter turn of each pair of x [..., R]: (a, b) becomes (-b, a). A pair is half a row apart, or side by side."""
+    """A quarter turn of each pair of x [..., R], half a row apart or side by side: (a, b) becomes (-b, a)."""
     if interleaved:
         return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
     first, second = x.chunk(2, -1)
@@ -18,8 +18,8 @@ def rope_reference(
 ) -> torch.Tensor:
     """Turn x [B, H, T, D] by cos and sin [B or 1, T, R], or gradients of what was turned `back`, in x's dtype.
 
-    Differentiable by autograd. It rounds as transformers' `apply_rotary_pos_emb` does where dtypes are one, each product
-    and the sum; where the angles' is wider, only the sum is rounded, at last.
+    Differentiable by autograd. It rounds as transformers' `apply_rotary_pos_emb` does where dtypes are one, each
+    product and the sum; where the angles' is wider, only the sum is rounded, at last.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
