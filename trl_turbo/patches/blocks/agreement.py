@@ -6,8 +6,8 @@ Two questions, and both must be answered yes, for outputs and for gradients of a
   differ by 64 units in the last place of float32, at the scale of the largest element.
 - *The rounding.* Both run in the dtype at hand. Ours may be as far from the original's float64 answer as the original
   itself is: `excess_error`, with a slack of 0.1, and 3 / sqrt(n) on top for the scatter of a sample of n elements.
-  Shapes and dtypes must be the original's. An original that is farther than 16 units in the last place from its own
-  float64 answer (root mean square, relative) sets no measure, and is not adopted.
+  Shapes and dtypes must be the original's. An original that is farther than 16 units in the last place (of its
+  coarsest input) from its own float64 answer, root mean square, sets no measure and is not adopted.
 """
 
 from __future__ import annotations
@@ -75,14 +75,15 @@ def disagreement(
     if len(found) != len(plain):
         return "returns another number of tensors", math.inf
     apart = 0.0
+    coarsest = max(_eps(x.dtype) for x in inputs)  # what a float32 answer is made of may be rounded to bfloat16
     for mine, theirs, exactly, true in zip(found, plain, exact, truth, strict=True):
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
             return f"gives {list(theirs.shape)} in {_short(theirs.dtype)} where our op gives another", math.inf
         if not (exactly - true).abs().amax() <= _FORMULA_ULPS * _eps(torch.float32) * true.abs().amax():
             return OTHERWISE, math.inf
         size, own = _rms(true), _rms(theirs.double() - true)
-        if not own <= _OWN_ULPS * _eps(theirs.dtype) * size:
-            return f"is in {_short(theirs.dtype)} far from what it is in float64", math.inf
+        if not own <= _OWN_ULPS * coarsest * size:
+            return f"is in {_short(theirs.dtype)} far from its answer in float64", math.inf
         if not excess_error(mine, theirs, true, _SLACK + 3 / math.sqrt(true.numel())) <= 1:
             return f"rounds otherwise in {_short(theirs.dtype)}", math.inf
         apart = max(apart, _rms(mine.double() - theirs.double()) / max(size, torch.finfo(torch.float64).tiny))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -118,6 +118,8 @@ def adopt_classes(
         reason = _taken(module) or unreachable(*module.parameters())
         if reason is None:
             ours = _adopted(kind, feature)
+            if ours is None and any(_is_of_lora(target) for target in _chain(kind)):
+                continue  # it was there first, and has all of the module in one function
             judge = ours or judges.setdefault(kind, verdicts(_raw_forward(kind)))
             form, reason = judge.answer(module, State.of(module, sample(module)))
             if form is not None:
@@ -198,13 +200,23 @@ def _raw_forward(kind: type) -> Forward:
 
 def _adopted(kind: type, feature: str) -> Any:
     """The verdicts of a class whose forward we have replaced, or inherits one that we have."""
-    function: Any = _raw_forward(kind)
-    for _ in range(16):  # a chain is a few wrappers long
-        target = replacement_of(function) or function
+    for target in _chain(kind):
         found = getattr(target, "verdicts", None)
         if isinstance(found, Verdicts) and found.feature == feature:
             return found
+    return None
+
+
+def _is_of_lora(target: Any) -> bool:
+    return getattr(target, "__globals__", {}).get("__name__", "").startswith("trl_turbo.patches.lora.")
+
+
+def _chain(kind: type) -> Iterator[Any]:
+    """What a class's forward calls, from the outermost wrapper down."""
+    function: Any = _raw_forward(kind)
+    for _ in range(16):  # a chain is a few wrappers long
+        target = replacement_of(function) or function
+        yield target
         function = getattr(target, "__wrapped__", None)
         if function is None:
-            return None
-    return None
+            return
