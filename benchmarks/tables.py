@@ -80,7 +80,35 @@ def lora_fold() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"linear_logprob": linear_logprob, "lora_fold": lora_fold}
+def lora() -> str:
+    """The section's table, in Markdown; says so where nothing was measured yet."""
+    path = RESULTS / "lora.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    about, results = data["environment"], data["results"]
+    phases = ("forward", "backward", "both")
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, PEFT {about['peft']}, "
+        f"transformers {about['transformers']}, bitsandbytes {about['bitsandbytes']}.",
+        "",
+        "![lora](../benchmarks/results/lora.png)",
+        "",
+        f"| block | H | N | rank | base | {' | '.join(f'{phase}, ms' for phase in phases)} | kept, MiB |",
+        "|---" * 9 + "|",
+    ]
+    for row in results:
+        cells = [row["block"], f"{row['h']:,}", f"{row['n']:,}", str(row["rank"]), row["base"]]
+        for phase in phases:
+            ours, peft = (row[phase][name]["median_ms"] for name in ("trl_turbo", "peft"))
+            cells.append(f"{ours:.2f} ({peft / ours:.2f}x)")
+        kept = row["kept_mib"]
+        cells.append(f"{kept['trl_turbo']:,.0f} ({kept['peft']:,.0f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SECTIONS = {"linear_logprob": linear_logprob, "lora_fold": lora_fold, "lora": lora}
 
 
 def rendered(page: str) -> str:
