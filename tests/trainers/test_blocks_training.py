@@ -29,7 +29,7 @@ UNCLIPPED = {"beta": 0.1, "epsilon": 0.99, "epsilon_high": 100.0}  # as in test_
 
 @pytest.fixture
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
-    """The three features on, as a script's environment has them; how often each op was called, with and without grad."""
+    """The three features on, as a script's environment has them; and how often each op was called."""
     for feature in FEATURES:
         monkeypatch.setenv(f"TRL_TURBO_{feature.upper()}", "1")
     calls: Counter[Any] = Counter()
@@ -262,3 +262,26 @@ def test_quantised_linears_are_called() -> None:
     logits = model(input_ids=tokens()).logits
     assert ran(logits) == RUNS["llama"]
     assert torch.allclose(logits, stock, atol=1e-4)
+
+
+def test_lora_has_its_mlps_to_itself() -> None:
+    """With adapters and `lora` on, an MLP is one function of that patch; without either it is this one's."""
+    from peft import get_peft_model
+
+    for features, gated in (({"mlp": True}, 2), ({"mlp": True, "lora": True}, 0)):
+        model = get_peft_model(make("llama"), lora("gate_proj", "up_proj", "down_proj")())
+        stock = model(input_ids=tokens()).logits
+        prepared(model, **features)
+        logits = model(input_ids=tokens()).logits
+        assert ran(logits) == (0, 0, gated)
+        assert torch.allclose(logits, stock, atol=1e-4)
+        trl_turbo.unpatch()
+
+
+def test_deepspeed_does_not_go_around() -> None:
+    """accelerate prepares a model for DeepSpeed in a method of its own, which needs DeepSpeed only after ours."""
+    trl_turbo.patch(verbose=False, norms=True)
+    model = make("llama")
+    with pytest.raises((ImportError, AttributeError, ValueError)):
+        Accelerator(cpu=True)._prepare_deepspeed(model)
+    assert ran(model(input_ids=tokens()).logits) == (5, 0, 0)

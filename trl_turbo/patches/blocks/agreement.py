@@ -24,7 +24,6 @@ from trl_turbo.kernels.linear_logprob.reference import excess_error
 
 Computation = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 
-T = TypeVar("T")
 Form = TypeVar("Form")
 
 OTHERWISE = "computes something else"
@@ -90,8 +89,10 @@ def disagreement(
     return None, apart
 
 
-def aside(function: Callable[[], T], device: torch.device, autocast: torch.dtype | None) -> T:
-    """Call a check that is due in the middle of somebody's forward, out of its sight.
+def judge(
+    decide: Callable[[], tuple[Form | None, str]], device: torch.device, autocast: torch.dtype | None
+) -> tuple[Form | None, str]:
+    """Ask for a form in the middle of somebody's forward, out of its sight.
 
     In a thread of its own: what a forward may run under is the thread's, and must neither see the check's tensors
     (hooks of gradient checkpointing count what is saved for backward) nor change them (inference mode, dispatch modes).
@@ -99,26 +100,23 @@ def aside(function: Callable[[], T], device: torch.device, autocast: torch.dtype
     not used: `generator` has its own.
 
     Args:
-        function: The check.
+        decide: Finds a form, or says why there is none.
         device: Where it computes.
         autocast: The dtype of autocast, `None` where it is off.
     """
-    done: list[T] = []
-    failed: list[BaseException] = []
+    done: list[tuple[Form | None, str]] = []
 
     def work() -> None:
         here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         try:
             with here, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                done.append(function())
-        except BaseException as error:
-            failed.append(error)
+                done.append(decide())
+        except Exception as error:
+            done.append((None, f"could not be checked ({type(error).__name__}: {_first_line(error)})"))
 
     thread = threading.Thread(target=work, name="trl_turbo.check")
     thread.start()
     thread.join()
-    if failed:
-        raise failed[0]
     return done[0]
 
 

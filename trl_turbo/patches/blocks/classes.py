@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from trl_turbo.patches.blocks.agreement import aside, autocast_dtype
+from trl_turbo.patches.blocks.agreement import autocast_dtype, judge
 from trl_turbo.patching import Replacement, extend, replacement_of
 from trl_turbo.report import note
 
@@ -21,7 +21,7 @@ Forward = Callable[..., Any]
 _PLAIN = (bool, int, float, str)
 _TENSORS = (torch.Tensor, nn.Parameter)
 # Somebody else's kernels, by the package that their functions and classes come from
-_OTHERS = {"liger_kernel": "Liger's", "kernels": "a hub kernel's", "unsloth": "Unsloth's"}
+_OTHERS = {"liger_kernel": "Liger's", "unsloth": "Unsloth's"}
 
 
 class State(NamedTuple):
@@ -93,7 +93,7 @@ class Verdicts(ABC, Generic[Form]):
         kind = (type(module), plain_attributes(module), id(config), state, self.traits(module))
         if kind not in self._of_kind:
             self._kept.append(config)
-            self._of_kind[kind] = aside(lambda: self.decide(module, state), state.device, state.autocast)
+            self._of_kind[kind] = judge(lambda: self.decide(module, state), state.device, state.autocast)
         return self._of_kind[kind]
 
 
@@ -120,8 +120,8 @@ def adopt_classes(
             ours = _adopted(kind, feature)
             if ours is None and any(_is_of_lora(target) for target in _chain(kind)):
                 continue  # it was there first, and has all of the module in one function
-            judge = ours or judges.setdefault(kind, verdicts(_raw_forward(kind)))
-            form, reason = judge.answer(module, State.of(module, sample(module)))
+            asked = ours or judges.setdefault(kind, verdicts(_raw_forward(kind)))
+            form, reason = asked.answer(module, State.of(module, sample(module)))
             if form is not None:
                 reason = None
                 if ours is None:
@@ -152,7 +152,7 @@ def runs_plainly(x: Any) -> bool:
 
 def other_kernels(thing: Any) -> str | None:
     """Whose kernels a function or class is, where it is somebody else's, as ``"Liger's"``."""
-    for layer in (thing, inspect.unwrap(thing) if callable(thing) else thing):
+    for layer in (thing, inspect.unwrap(thing)):
         package = str(getattr(layer, "__module__", "")).partition(".")[0]
         if package in _OTHERS:
             return _OTHERS[package]

@@ -18,8 +18,10 @@ ADOPT: dict[str, Callable[[nn.Module], None]] = {"norms": norms.adopt, "rope": r
 
 
 def build(module: ModuleType, feature: str) -> Iterator[Replacement]:
-    """`Accelerator.prepare_model`; what the models are made of follows as they come."""
-    yield Replacement(module.Accelerator, "prepare_model", functools.partial(_adopted_first, feature))
+    """`Accelerator.prepare_model`, and DeepSpeed's way around it; what the models are made of follows as they come."""
+    for method in ("prepare_model", "_prepare_deepspeed"):
+        if hasattr(module.Accelerator, method):
+            yield Replacement(module.Accelerator, method, functools.partial(_adopted_first, feature))
 
 
 def adopt(feature: str, model: nn.Module, *, compiles: bool = False) -> None:
@@ -39,15 +41,13 @@ def adopt(feature: str, model: nn.Module, *, compiles: bool = False) -> None:
 
 def _adopted_first(feature: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def prepare_model(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(model, nn.Module):
-            plugin = getattr(self.state, "dynamo_plugin", None)
-            adopt(
-                feature, model, compiles=str(getattr(plugin, "backend", "NO")).upper() not in ("NO", "DYNAMOBACKEND.NO")
-            )
-        return original(self, model, *args, **kwargs)
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for model in (*args, *kwargs.values()):
+            if isinstance(model, nn.Module):
+                adopt(feature, model, compiles=_compiles(self))
+        return original(self, *args, **kwargs)
 
-    return prepare_model
+    return prepare
 
 
 def _compiles(accelerator: Any) -> bool:

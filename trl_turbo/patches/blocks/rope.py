@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from trl_turbo.kernels.rope import rope
-from trl_turbo.patches.blocks.agreement import aside, autocast_dtype, choose, generator
+from trl_turbo.patches.blocks.agreement import autocast_dtype, choose, generator, judge
 from trl_turbo.patches.blocks.classes import other_kernels, runs_plainly, unreachable
 from trl_turbo.patching import Replacement, extend, replacement_of
 from trl_turbo.report import note
 
 NAME = "apply_rotary_pos_emb"
+_FORMS = "trl_turbo_forms"
 _FIRST = ("q", "k", "cos", "sin")
 _HEADS = (4, 2)
 _LENGTH = 48
@@ -75,26 +76,30 @@ def adopt(model: nn.Module) -> None:
         return
     for file in dict.fromkeys(sys.modules.get(type(module).__module__) for module in model.modules()):
         function = getattr(file, NAME, None)
-        if file is None or function is None or replacement_of(function) is not None:
+        if file is None or function is None or _FORMS in vars(replacement_of(function) or function):
             continue
         reason = _unfit(function) or unreachable(parameter)
         if reason is None:
             reason = _try(function, parameter, min(widths, default=64))
             if reason is None:
-                extend("rope.models", Replacement(file, NAME, make_function))
+                extend("rope.models", Replacement(file, NAME, functools.partial(make_function, file)))
         if reason is not None:
             _say(file, reason)
 
 
-def make_function(original: Callable[..., Any]) -> Callable[..., Any]:
+def make_function(file: ModuleType, original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a model's function so that it runs `rope` in the form that was found to be its own."""
     forms: dict[Hashable, RopeForm | None] = {}
-    signature = inspect.signature(original)
+    signature = _signature(original)
+    # Of a module, `wraps` would take over what it has registered
+    alike = functools.wraps(original) if isinstance(original, FunctionType) else lambda function: function
 
-    @functools.wraps(original)
+    @alike
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = (q, k, cos, sin)
         if not all(map(runs_plainly, tensors)) or not _takes(tensors) or not _usual(signature, args, kwargs):
+            return original(q, k, cos, sin, *args, **kwargs)
+        if _has_hub_kernel(original):  # of another model in this process
             return original(q, k, cos, sin, *args, **kwargs)
         key = Angles(q.dtype, cos.dtype, q.device, autocast_dtype(q.device), q.shape[-1], cos.shape[-1])
         if key not in forms:
@@ -103,10 +108,11 @@ def make_function(original: Callable[..., Any]) -> Callable[..., Any]:
             forms[key], reason = _find(original, key)
             if reason:
                 dtype = str(q.dtype).removeprefix("torch.")
-                _say(sys.modules[original.__module__], f"in {dtype}, {key.rotary} of {key.width} columns, {reason}")
+                _say(file, f"in {dtype}, {key.rotary} of {key.width} columns, {reason}")
         form = forms[key]
         return original(q, k, cos, sin, *args, **kwargs) if form is None else form(q, k, cos, sin)
 
+    apply_rotary_pos_emb.__dict__[_FORMS] = forms
     return apply_rotary_pos_emb
 
 
@@ -142,15 +148,29 @@ def _usual(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _unfit(function: Any) -> str | None:
-    whose = other_kernels(function) or other_kernels(type(function))
-    if whose is not None:
-        return f"is {whose} already"
-    if not isinstance(function, FunctionType):
-        return f"is no plain function but a {type(function).__name__}"
-    parameters = list(inspect.signature(function).parameters.values())
-    if tuple(p.name for p in parameters[:4]) != _FIRST or any(p.default is p.empty for p in parameters[4:]):
+    whose = other_kernels(function)
+    if whose is not None or _has_hub_kernel(function):
+        return f"is {whose or 'a hub kernel'} already"
+    if not isinstance(function, (FunctionType, nn.Module)):
+        return f"is a {type(function).__name__}"
+    parameters = list(_signature(function).parameters.values())
+    if tuple(p.name for p in parameters[:4]) != _FIRST or any(_must_be_given(p) for p in parameters[4:]):
         return f"takes ({', '.join(p.name for p in parameters)})"
     return None
+
+
+def _must_be_given(parameter: inspect.Parameter) -> bool:
+    rest = (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and parameter.kind not in rest
+
+
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+
+
+def _has_hub_kernel(function: Any) -> bool:
+    """Where the package `kernels` is installed, transformers 5 makes the function a module, which may get a kernel."""
+    return isinstance(function, nn.Module) and "forward" in vars(function)
 
 
 def _try(function: Callable[..., Any], parameter: torch.Tensor, width: int) -> str | None:
@@ -167,7 +187,7 @@ def _try(function: Callable[..., Any], parameter: torch.Tensor, width: int) -> s
 
 
 def _find(function: Callable[..., Any], key: Angles) -> tuple[RopeForm | None, str]:
-    return aside(lambda: _decide(function, key), key.device, key.autocast)
+    return judge(lambda: _decide(function, key), key.device, key.autocast)
 
 
 def _decide(function: Callable[..., Any], key: Angles) -> tuple[RopeForm | None, str]:
