@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels.lora --out benchmarks/results/lora
 
-Checks results and gradients first, and refuses to time wrong ones. Times forward, backward and both; counts what is kept
-between them. Writes OUT.json and OUT.png. Without a CUDA device it runs tiny sizes, to show that it runs.
+Checks results and gradients first, and refuses to time wrong ones. Times forward, backward and both; counts what is
+kept between them. Writes OUT.json and OUT.png. Without a CUDA device it runs tiny sizes, to show that it runs.
 """
 
 from __future__ import annotations
@@ -164,7 +164,9 @@ def check(block: Block, hidden: int) -> float:
     found, stock = outcome(partial(ours, block), x, grads, block), outcome(block, x, grads, block)
     for mine, theirs, true in zip(found, stock, exactly(block, x, grads), strict=True):
         if mine.dtype != theirs.dtype or not mine.isfinite().all():
-            raise SystemExit(f"Wrong results are not timed: {mine.dtype} where stock gives {theirs.dtype}, or not finite.")
+            raise SystemExit(
+                f"Wrong results are not timed: {mine.dtype} where stock gives {theirs.dtype}, or not finite."
+            )
         worst = max(worst, excess_error(mine, theirs, true, SLACK + 3 / true.numel() ** 0.5))
     if worst > 1:
         raise SystemExit(f"Wrong results are not timed: {block.kind} is off by {worst:.2f} of what is allowed.")
@@ -223,7 +225,9 @@ def bench(kind: str, hidden: int, tokens: int, rank: int, base: str, rounds: int
     kept = row["kept_mib"]
     print(
         f"  {kind:<4} H {hidden:>5} N {tokens:>6} r {rank:>3} {base:<5}"
-        + "".join(f"{phase:>10} {row[phase]['trl_turbo']['median_ms']:>8.3f} ms {ratio[phase]:>5.2f}x" for phase in PHASES)
+        + "".join(
+            f"{phase:>10} {row[phase]['trl_turbo']['median_ms']:>8.3f} ms {ratio[phase]:>5.2f}x" for phase in PHASES
+        )
         + f"   kept {kept['trl_turbo']:>8.1f} of {kept['peft']:>8.1f} MiB"
     )
     return row

@@ -1,4 +1,4 @@
-"""What a decoder layer with LoRA keeps for backward, in bytes: at least 40 % less than stock, and no more than it does now.
+"""What a decoder layer with LoRA keeps for backward, in bytes: at least 40 % less than stock, and no more than now.
 
 Counted with `saved_tensors_hooks`: each storage once, parameters and what is cast from frozen ones left out.
 """
@@ -102,7 +102,7 @@ def test_bytes(adapter: torch.dtype, dropout: float) -> None:
         found = measured(adapter, dropout, model)
     assert ran["mlp"] == 2
     assert {name: found[name] for name in NOW} == NOW
-    # Adapters in the base's dtype without dropout: stock, too, keeps x as it is, and there is nothing to save but the MLP
+    # Adapters in the base's dtype without dropout: stock, too, keeps x as it is, and only the MLP keeps less
     same = adapter == torch.bfloat16 and not dropout
     for name in ("mlp", *(() if same else ("qkv", "o", "layer"))):
         assert found[name] <= 0.6 * stock[name], (name, found[name], stock[name])

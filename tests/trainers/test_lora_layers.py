@@ -14,9 +14,10 @@ import trl_turbo
 from trl_turbo.kernels.linear_logprob.reference import excess_error
 
 from .lora_models import ALL, PHI3, adapted, distance, passed, patched, tokens
+from .models import folder
 
 U = 2.0**-24
-# Two float32 passes that sum in another order, over two decoder layers: 64 roundings. The seam's rule against float64 is
+# Two float32 passes that sum in another order, over two decoder layers: 64 roundings. The rule against float64 is
 # `excess_error`; this bound is for what float64 cannot draw alike, such as dropout
 CLOSE = 64 * U
 SLACK = 0.2
@@ -302,6 +303,23 @@ def test_under_torch_compile_peft_runs_and_nothing_breaks_the_graph() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_projections_with_inputs_of_their_own_are_right(checkpointing: bool) -> None:
+    """Keys and values of one layer are projected from another tensor than queries."""
+    model = adapted("llama")
+    for name in ("k_proj", "v_proj"):
+        projection = getattr(model.base_model.model.model.layers[1].self_attn, name)
+        projection.register_forward_pre_hook(lambda module, args: (args[0].flip(-1),))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    stock = passed(model)
+    with patched(model) as ran:
+        for _ in range(2):
+            assert distance(passed(model), stock) <= CLOSE
+    assert any("not called with the input of the others" in note for note in ran.notes)
+
+
 def test_an_mlp_that_computes_something_else_is_left() -> None:
     model = adapted("llama")
     block = model.base_model.model.model.layers[0]
@@ -339,6 +357,49 @@ def test_sharded_by_fsdp2_in_one_process() -> None:
         assert distance(found, stock) <= CLOSE
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_quantised_models(kind: str, checkpointing: bool) -> None:
+    """All the same as over a dense base, with double-quantised nf4 and with LLM.int8."""
+    pytest.importorskip("bitsandbytes")
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = {
+        "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        "8bit": {"load_in_8bit": True},
+    }[kind]
+    model = AutoModelForCausalLM.from_pretrained(
+        folder("llama"), quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32, device_map="cpu"
+    )
+    config = LoraConfig(r=4, target_modules=ALL, init_lora_weights=False, lora_dropout=0.2)
+    model = get_peft_model(model, config).train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    passed(model)  # a 4-bit base chooses its dtype in its first pass
+    stock = passed(model)
+    with patched(model) as ran:
+        ours = passed(model)
+    assert (ran["mlp"], ran["qkv"], ran["linear"]) == ((4, 4, 4) if checkpointing else (2, 2, 2)), ran.notes
+    assert distance(ours, stock) <= CLOSE
+
+
+def test_together_with_the_blocks_an_mlp_with_adapters_is_one_function() -> None:
+    """Both replace the forward of its class; ours comes first, the other serves MLPs without adapters."""
+    from accelerate import Accelerator
+
+    model = adapted("qwen3")
+    stock = passed(model)
+    others = {"norms": True, "rope": True, "mlp": True}
+    with patched() as ran:
+        trl_turbo.patch(lora=True, strict=True, verbose=False, **others)
+        Accelerator(cpu=True).prepare_model(model)
+        ours = passed(model)
+    assert (ran["mlp"], ran["qkv"], ran["linear"]) == (2, 2, 2)
+    assert distance(ours, stock) <= CLOSE
 
 
 def test_unpatch_restores_the_classes() -> None:

@@ -1,4 +1,4 @@
-"""Linears with adapters for tests, the sums in float64 that they approximate, and PEFT's own layer of the same weights."""
+"""Linears with adapters, the sums in float64 that they approximate, and PEFT's own layer of the same weights."""
 
 from __future__ import annotations
 

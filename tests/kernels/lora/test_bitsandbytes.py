@@ -166,6 +166,18 @@ def test_threads_do_not_multiply_by_each_others_weight():
         assert all(pool.map(work, range(80)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_layer_that_has_not_chosen_its_dtype_chooses_as_in_its_own_forward(dtype):
+    made = [adapted({"linear": four_bit(OUT, IN, torch.float32)}, torch.float32)["linear"] for _ in range(2)]
+    for layer in made:
+        layer.base_layer.compute_dtype, layer.base_layer.compute_type_is_set = None, False
+    x = numbers(dtype, 30, IN)
+    found, stock = lora_linear(x, projection(made[0], dtype, x.device)), made[1](x)
+    assert found.dtype == stock.dtype
+    assert made[0].base_layer.compute_dtype == made[1].base_layer.compute_dtype
+    assert made[0].base_layer.compute_type_is_set
+
+
 def test_eight_bit_state_is_what_its_own_forward_left():
     layer = adapted({"linear": eight_bit(OUT, IN, torch.float32)}, torch.float32)["linear"]
     twin = copy.deepcopy(layer)

@@ -1,4 +1,4 @@
-"""The LoRA functions: gradients in float64, rounding against PEFT's own layers, what they keep, and what they refuse."""
+"""The LoRA functions: gradients in float64, rounding against PEFT's layers, what they keep and refuse."""
 
 from __future__ import annotations
 

@@ -11,10 +11,10 @@ Hooks on the projections themselves run as ever, since the projections are calle
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -26,8 +26,8 @@ from trl_turbo.report import note
 NAMES = ("q_proj", "k_proj", "v_proj")
 
 _local = threading.local()
-# Modules whose projections turned out to have different inputs
-_apart: WeakSet[nn.Module] = WeakSet()
+# Of attention to something else than its own input, as in a decoder over an encoder
+_OTHER_INPUTS = frozenset({"key_value_states", "encoder_hidden_states"})
 
 
 class _Group:
@@ -50,12 +50,17 @@ def members_of(module: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(m for name in NAMES if (m := module._modules.get(name)) is not None and is_lora(m))
 
 
+def has_one_input(module: nn.Module) -> bool:
+    """Whether an attention module is told of no other input than its own."""
+    return not _OTHER_INPUTS & inspect.signature(type(module).forward).parameters.keys()
+
+
 def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap an attention module's forward: its projections are computed together."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self in _apart:
+        if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         members = members_of(self)
         if len(members) < 2:
@@ -67,8 +72,8 @@ def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _local.group = outer
         if group.outputs:
-            _apart.add(self)
-            note("lora", f"the projections of {type(self).__name__} have different inputs and are computed one by one")
+            # It goes on so: gradient checkpointing must find in a recomputed forward what the first one did
+            note("lora", f"some projections of {type(self).__name__} are not called with the input of the others")
         return answer
 
     return forward

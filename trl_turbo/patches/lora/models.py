@@ -27,7 +27,7 @@ def hook_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         return
     for module in model.modules():
-        if len(group.members_of(module)) > 1:
+        if len(group.members_of(module)) > 1 and group.has_one_input(module):
             _hook(module, group.make_forward, "the projections of")
         elif mlp.linears_of(module):
             _hook(module, mlp.make_forward, "the linears of")

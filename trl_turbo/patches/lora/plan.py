@@ -139,9 +139,12 @@ def _quantised(module: Any) -> str | None:
 
 def _four_bit(module: Any, x_dtype: torch.dtype, autocast: torch.dtype | None) -> FourBit:
     state = getattr(module.weight, "quant_state", None)
-    # Before its first call a layer has not chosen its dtype, or was loaded without its state: its own forward does both
-    if state is None or not module.compute_type_is_set or getattr(state, "packing_format_for_cpu", False):
+    # Loaded without its state, which its own forward sets right, or packed for inference on the CPU
+    if state is None or getattr(state, "packing_format_for_cpu", False):
         raise Left
+    if not module.compute_type_is_set:  # as its own forward does in its first call
+        module.set_compute_type(torch.empty((2, 1), dtype=x_dtype))
+        module.compute_type_is_set = True
     dtype = module.compute_dtype or x_dtype
     if autocast not in (None, dtype):
         raise Left(f"a 4-bit base that computes in {dtype} under autocast in {autocast} runs PEFT's own forward")
