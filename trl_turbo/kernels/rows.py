@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -23,7 +24,9 @@ def takes(*tensors: torch.Tensor) -> bool:
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, the stream being that one's current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class Rows(NamedTuple):
@@ -52,9 +55,8 @@ class Order:
 
     def __init__(self, like: torch.Tensor) -> None:
         self.shape = like.shape
-        leading = range(like.ndim - 1)
-        self.order = sorted(leading, key=lambda i: (like.stride(i), like.shape[i]), reverse=True)
         self.count = like.shape[:-1].numel()
+        self.order, self.back = _order(like.shape, like.stride())
 
     def rows(self, x: torch.Tensor) -> Rows:
         """x [..., D] as rows, or its copy where its strides are odd."""
@@ -62,22 +64,8 @@ class Order:
 
     def view(self, x: torch.Tensor) -> Rows | None:
         """x [..., D] as rows without a copy, or `None`."""
-        if x.stride(-1) != 1 and x.shape[-1] != 1:
-            return None
-        levels: list[tuple[int, int]] = []  # sizes and strides, from the last
-        for i in reversed(self.order):
-            size, stride = x.shape[i], x.stride(i)
-            if size == 1:
-                continue
-            if levels and stride == levels[-1][0] * levels[-1][1]:
-                levels[-1] = (levels[-1][0] * size, levels[-1][1])
-            else:
-                levels.append((size, stride))
-        if len(levels) > 2:
-            return None
-        inner, inner_stride = levels[0] if levels else (1, x.shape[-1])
-        # One level: the quotient is 0, and so is its stride, which divides by whatever the loads want
-        return Rows(x, inner, levels[1][1] if len(levels) == 2 else 0, inner_stride)
+        levels = _levels(x.shape, x.stride(), self.order)
+        return None if levels is None else Rows(x, *levels)
 
     def ordered(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D or 1] with its dimensions in this order."""
@@ -86,5 +74,34 @@ class Order:
     def empty(self, like: torch.Tensor, dtype: torch.dtype, width: int | None = None) -> torch.Tensor:
         """A new tensor [..., D or `width`], dense, in this order in memory."""
         shape = [*(self.shape[i] for i in self.order), self.shape[-1] if width is None else width]
-        back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return torch.empty(shape, dtype=dtype, device=like.device).permute(*back, len(self.order))
+        new = torch.empty(shape, dtype=dtype, device=like.device)
+        return new.permute(*self.back, len(self.order))
+
+
+# A layer's shapes come again in each layer and step: found once, they cost a look-up instead of some 50 us in Python
+@functools.lru_cache(4096)
+def _order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Leading dimensions from the widest stride to the narrowest, and the permutation back."""
+    order = sorted(range(len(shape) - 1), key=lambda i: (strides[i], shape[i]), reverse=True)
+    return tuple(order), tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+@functools.lru_cache(4096)
+def _levels(shape: tuple[int, ...], strides: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """`inner`, `outer_stride` and `inner_stride` of `Rows`, or `None` where two strides do not do."""
+    if strides[-1] != 1 and shape[-1] != 1:
+        return None
+    levels: list[tuple[int, int]] = []  # sizes and strides, from the last
+    for i in reversed(order):
+        size, stride = shape[i], strides[i]
+        if size == 1:
+            continue
+        if levels and stride == levels[-1][0] * levels[-1][1]:
+            levels[-1] = (levels[-1][0] * size, levels[-1][1])
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return None
+    inner, inner_stride = levels[0] if levels else (1, shape[-1])
+    # One level: the quotient is 0, and so is its stride, which divides by whatever the loads want
+    return inner, levels[1][1] if len(levels) == 2 else 0, inner_stride
