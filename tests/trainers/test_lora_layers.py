@@ -12,6 +12,7 @@ from torch import nn
 
 import trl_turbo
 from trl_turbo.kernels.linear_logprob.reference import excess_error
+from trl_turbo.kernels.lora import scratch
 
 from .lora_models import ALL, PHI3, adapted, distance, passed, patched, tokens
 from .models import folder
@@ -383,6 +384,8 @@ def test_quantised_models(kind: str, checkpointing: bool) -> None:
     stock = passed(model)
     with patched(model) as ran:
         ours = passed(model)
+        assert scratch.held_bytes() > 0
+    assert scratch.held_bytes() == 0, "unpatch() gives the buffer back"
     assert (ran["mlp"], ran["qkv"], ran["linear"]) == ((4, 4, 4) if checkpointing else (2, 2, 2)), ran.notes
     assert distance(ours, stock) <= CLOSE
 

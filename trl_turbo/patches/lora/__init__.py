@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from trl_turbo.hookspecs import hookimpl
@@ -11,6 +12,7 @@ from trl_turbo.patching import Patch
 
 if TYPE_CHECKING:
     from trl_turbo.hookspecs import Env
+    from trl_turbo.report import Report
 
 PEFT = "peft>=0.17"
 
@@ -43,3 +45,11 @@ def turbo_patches(env: Env) -> list[Patch]:  # noqa: ARG001
             summary = f"LoRA over {kind} {kept}, and no dequantised weight"
             patches.append(_patch(kind.lower(), "peft.tuners.lora.bnb", "layers", summary, kind))
     return patches
+
+
+@hookimpl
+def turbo_report(report: Report) -> None:
+    """Give the buffer of dequantised weights back where the layers are PEFT's again."""
+    scratch = sys.modules.get("trl_turbo.kernels.lora.scratch")
+    if scratch is not None and not any(row.feature == "lora" and row.status == "applied" for row in report):
+        scratch.release()
