@@ -47,8 +47,12 @@ class NormVerdicts(Verdicts[NormForm]):
     feature = "norms"
 
     def mark(self, module: Any) -> Hashable:
-        """The weight's dtype and width, and eps."""
-        return module.weight.dtype, module.weight.shape, _eps(module)
+        """The weight's dtype, and eps."""
+        return _weight(module).dtype, _eps(module)
+
+    def traits(self, module: Any) -> Hashable:
+        """The width, too."""
+        return self.mark(module), module.weight.shape
 
     def decide(self, module: Any, state: State) -> tuple[NormForm | None, str]:
         """The form that agrees with the original."""
@@ -73,8 +77,8 @@ def make_forward(original: Forward) -> Forward:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x: Any = only_argument(args, kwargs)
-        weight: Any = getattr(self, "weight", None)
-        if not (runs_plainly(x) and runs_plainly(weight)) or hasattr(weight, "ds_id") or x.device != weight.device:
+        weight = _weight(self)
+        if not (runs_plainly(x) and runs_plainly(weight)) or x.device != weight.device or hasattr(weight, "ds_id"):
             return original(self, *args, **kwargs)
         form = verdicts.form(self, State.of(self, x))
         if form is None:
@@ -92,6 +96,12 @@ def _norms(model: nn.Module) -> Iterator[nn.Module]:
         alone = len(weights) == 1 and not module._modules and not module._buffers and isinstance(_eps(module), float)
         if alone and module._parameters.get("weight") is weights[0] and weights[0].dim() == 1:
             yield module
+
+
+def _weight(module: Any) -> Any:
+    # nn.Module's own look-up takes longer than all else that a call is asked
+    found = module._parameters.get("weight")
+    return getattr(module, "weight", None) if found is None else found  # a plain attribute under FSDP and DataParallel
 
 
 def _eps(module: Any) -> Any:
