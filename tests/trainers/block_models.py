@@ -78,7 +78,7 @@ def ran(output: torch.Tensor) -> tuple[int, int, int]:
 def results(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Logits, and the gradient of every parameter for random gradients of the logits."""
     logits = model(input_ids=ids).logits
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)).bfloat16().to(logits.dtype)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)).bfloat16().to(logits)
     gradients = torch.autograd.grad(logits, list(model.parameters()), weights, allow_unused=True)
     named = zip(model.named_parameters(), gradients, strict=True)
     return {"logits": logits.detach(), **{name: g for (name, _), g in named if g is not None}}

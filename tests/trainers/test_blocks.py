@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import trl_turbo
+from trl_turbo.kernels.linear_logprob.reference import excess_error
 from trl_turbo.report import Report
 
 from .block_models import MODELS, RUNS, make, ran, results, tokens
@@ -99,6 +100,24 @@ def test_unpatch_gives_everything_back() -> None:
         now = dict(vars(owner))
         assert not [k for k in now.keys() | then.keys() if now.get(k) is not then.get(k) and k != "__warningregistry__"]
     assert ran(models[0](input_ids=tokens()).logits) == (0, 0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_adopted_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    """The kernels that run there agree with a model's own code, too; wide enough for more than one block."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    wide = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64}
+    model, ids = make(name, dtype, **wide).cuda(), tokens(shape=(2, 300)).cuda()
+    truth = results(make(name, torch.float64, **wide).cuda(), ids)["logits"]
+    stock = results(model, ids)["logits"]
+    patch()
+    Accelerator().prepare_model(model)
+    assert ran(model(input_ids=ids).logits) == RUNS[name], notes()
+    assert len(notes()) == (name == "cohere"), notes()
+    assert excess_error(results(model, ids)["logits"], stock, truth) <= 1
 
 
 def kept_bytes(model: nn.Module, ids: torch.Tensor) -> int:
