@@ -405,6 +405,21 @@ def test_together_with_the_blocks_an_mlp_with_adapters_is_one_function() -> None
     assert distance(ours, stock) <= CLOSE
 
 
+def test_weights_that_stand_for_parameters_or_are_marked_as_zero_3s_shards_are_left_to_peft() -> None:
+    model = adapted("llama", ["o_proj"])
+    ids = {"input_ids": tokens(), "use_cache": False}
+    swapped = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stock = passed(model)
+    with patched(model) as ran, torch.no_grad():
+        logits = torch.func.functional_call(model, swapped, (), ids).logits
+        assert torch.equal(logits, stock["logits"])
+        for layer in model.base_model.model.model.layers:
+            layer.self_attn.o_proj.base_layer.weight.ds_id = 0  # what DeepSpeed marks a parameter with
+        assert torch.equal(model(**ids).logits, stock["logits"])
+    assert not ran["linear"]
+    assert any("sharded" in note for note in ran.notes)
+
+
 def test_unpatch_restores_the_classes() -> None:
     from accelerate import Accelerator
     from peft.tuners.lora.layer import Linear

@@ -164,7 +164,7 @@ def _eight_bit(module: Any, x_dtype: torch.dtype, device: torch.device, autocast
 def _reachable(*tensors: torch.Tensor, device: torch.device) -> None:
     for tensor in tensors:
         if hasattr(tensor, "ds_id") or type(tensor.data).__name__ == "DTensor" or _flattened(tensor):
-            raise Left("sharded weights (FSDP, DeepSpeed ZeRO-3, tensor parallel) run PEFT's own forward")
+            raise Left("weights that are sharded, or stand for a parameter, run PEFT's own forward")
         if tensor.device != device:
             raise Left("weights on another device than their input run PEFT's own forward")
 
