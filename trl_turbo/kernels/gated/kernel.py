@@ -5,16 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trl_turbo.kernels.row_offset import row_offset
+
 _CUBIC = tl.constexpr(0.044715)
 _CUBIC_3 = tl.constexpr(0.134145)  # 3 times that
 _ROOT_2 = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 _DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
-
-
-@triton.jit
-def _at(row, inner, outer_stride, inner_stride):
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
 @triton.jit
@@ -69,11 +66,11 @@ def forward_kernel(
 ):
     """h = act(gate) * up."""
     row, column, inside = _place(n_columns, BLOCK)
-    gate = tl.load(gate_ptr + _at(row, g_inner, g_outer, g_stride) + column, mask=inside, other=0.0)
-    up = tl.load(up_ptr + _at(row, u_inner, u_outer, u_stride) + column, mask=inside, other=0.0)
+    gate = tl.load(gate_ptr + row_offset(row, g_inner, g_outer, g_stride) + column, mask=inside, other=0.0)
+    up = tl.load(up_ptr + row_offset(row, u_inner, u_outer, u_stride) + column, mask=inside, other=0.0)
     act, _ = _activate(gate.to(tl.float32), ACTIVATION)
     h = (act * up.to(tl.float32)).to(gate.dtype)
-    tl.store(h_ptr + _at(row, h_inner, h_outer, h_stride) + column, h, mask=inside)
+    tl.store(h_ptr + row_offset(row, h_inner, h_outer, h_stride) + column, h, mask=inside)
 
 
 @triton.jit(do_not_specialize=["d_inner", "g_inner", "u_inner", "h_inner", "dg_inner", "du_inner"])
@@ -109,12 +106,14 @@ def backward_kernel(
 ):
     """Gradients of gate and up, which may be written over them, and h again."""
     row, column, inside = _place(n_columns, BLOCK)
-    grad = tl.load(grad_ptr + _at(row, d_inner, d_outer, d_stride) + column, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + _at(row, g_inner, g_outer, g_stride) + column, mask=inside, other=0.0)
-    up = tl.load(up_ptr + _at(row, u_inner, u_outer, u_stride) + column, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row_offset(row, d_inner, d_outer, d_stride) + column, mask=inside, other=0.0).to(
+        tl.float32
+    )
+    gate = tl.load(gate_ptr + row_offset(row, g_inner, g_outer, g_stride) + column, mask=inside, other=0.0)
+    up = tl.load(up_ptr + row_offset(row, u_inner, u_outer, u_stride) + column, mask=inside, other=0.0).to(tl.float32)
     act, slope = _activate(gate.to(tl.float32), ACTIVATION)
     if WITH_H:
-        tl.store(h_ptr + _at(row, h_inner, h_outer, h_stride) + column, (act * up).to(gate.dtype), mask=inside)
+        tl.store(h_ptr + row_offset(row, h_inner, h_outer, h_stride) + column, (act * up).to(gate.dtype), mask=inside)
     grad_gate, grad_up = (grad * up * slope).to(gate.dtype), (grad * act).to(gate.dtype)
-    tl.store(grad_gate_ptr + _at(row, dg_inner, dg_outer, dg_stride) + column, grad_gate, mask=inside)
-    tl.store(grad_up_ptr + _at(row, du_inner, du_outer, du_stride) + column, grad_up, mask=inside)
+    tl.store(grad_gate_ptr + row_offset(row, dg_inner, dg_outer, dg_stride) + column, grad_gate, mask=inside)
+    tl.store(grad_up_ptr + row_offset(row, du_inner, du_outer, du_stride) + column, grad_up, mask=inside)

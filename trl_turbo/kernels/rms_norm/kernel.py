@@ -7,6 +7,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from trl_turbo.kernels.row_offset import row_offset
+
 
 class Plan(NamedTuple):
     """A program's tile and its warps."""
@@ -22,11 +24,6 @@ def plan(width: int, elements: int) -> Plan:
     rows = max(1, elements // block)
     per_thread = 16 if elements < 8192 and block <= 8192 else 32
     return Plan(rows, block, min(32, max(1, rows * block // (32 * per_thread))))
-
-
-@triton.jit
-def _at(row, inner, outer_stride, inner_stride):
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
 @triton.jit
@@ -65,11 +62,11 @@ def forward_kernel(
     has_row = row < n_rows
     inside = has_row[:, None] & (column < D)
     dense = row.to(tl.int64)[:, None] * D + column
-    x = tl.load(x_ptr + _at(row, x_inner, x_outer, x_stride)[:, None] + column, mask=inside, other=0.0)
+    x = tl.load(x_ptr + row_offset(row, x_inner, x_outer, x_stride)[:, None] + column, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0)
     if ADD:
         residual = tl.load(
-            residual_ptr + _at(row, r_inner, r_outer, r_stride)[:, None] + column, mask=inside, other=0.0
+            residual_ptr + row_offset(row, r_inner, r_outer, r_stride)[:, None] + column, mask=inside, other=0.0
         )
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
         tl.store(total_ptr + dense, x, mask=inside)
@@ -111,15 +108,17 @@ def _backward_rows(
     column = tl.arange(0, BLOCK)[None, :]
     has_row = row < n_rows
     inside = has_row[:, None] & (column < D)
-    x = tl.load(x_ptr + _at(row, x_inner, x_outer, x_stride)[:, None] + column, mask=inside, other=0.0)
-    grad = tl.load(grad_ptr + _at(row, g_inner, g_outer, g_stride)[:, None] + column, mask=inside, other=0.0)
+    x = tl.load(x_ptr + row_offset(row, x_inner, x_outer, x_stride)[:, None] + column, mask=inside, other=0.0)
+    grad = tl.load(grad_ptr + row_offset(row, g_inner, g_outer, g_stride)[:, None] + column, mask=inside, other=0.0)
     rstd = tl.load(rstd_ptr + row, mask=has_row, other=0.0)[:, None]
     grad = grad.to(tl.float32)
     y = x.to(tl.float32) * rstd
     scaled = grad * scale
     new = (scaled - y * (tl.sum(scaled * y, 1) / D)[:, None]) * rstd
     if ADD:
-        other = tl.load(other_ptr + _at(row, o_inner, o_outer, o_stride)[:, None] + column, mask=inside, other=0.0)
+        other = tl.load(
+            other_ptr + row_offset(row, o_inner, o_outer, o_stride)[:, None] + column, mask=inside, other=0.0
+        )
         new += other.to(tl.float32)
     dense = row.to(tl.int64)[:, None] * D + column
     tl.store(grad_x_ptr + dense, new.to(x.dtype), mask=inside)
