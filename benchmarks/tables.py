@@ -80,7 +80,65 @@ def lora_fold() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"linear_logprob": linear_logprob, "lora_fold": lora_fold}
+def lora() -> str:
+    """The section's table, in Markdown; says so where nothing was measured yet."""
+    path = RESULTS / "lora.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    about, results = data["environment"], data["results"]
+    phases = ("forward", "backward", "both")
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, PEFT "
+        f"{about['peft']}, transformers {about['transformers']}, bitsandbytes {about['bitsandbytes']}.",
+        "",
+        "![lora](../benchmarks/results/lora.png)",
+        "",
+        f"| block | H | N | rank | base | {' | '.join(f'{phase}, ms' for phase in phases)} | kept, MiB |",
+        "|---" * 9 + "|",
+    ]
+    for row in results:
+        cells = [row["block"], f"{row['h']:,}", f"{row['n']:,}", str(row["rank"]), row["base"]]
+        for phase in phases:
+            ours, peft = (row[phase][name]["median_ms"] for name in ("trl_turbo", "peft"))
+            cells.append(f"{ours:.2f} ({peft / ours:.2f}x)")
+        kept = row["kept_mib"]
+        cells.append(f"{kept['trl_turbo']:,.0f} ({kept['peft']:,.0f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def blocks() -> str:
+    """The section's tables, in Markdown; says so where nothing was measured yet."""
+    path = RESULTS / "blocks.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    about, results = data["environment"], data["results"]
+    names = list(dict.fromkeys(name for row in results for name in row["forward"]["timings"]))
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
+        f"{about['triton']}, transformers {about['transformers']}, Liger {about['liger-kernel']}.",
+        "",
+        "![blocks](../benchmarks/results/blocks.png)",
+    ]
+    for phase in ("forward", "backward", "both"):
+        lines += ["", f"{phase.capitalize()}:", ""]
+        lines.append(f"| operation | tokens | hidden | {' | '.join(names)} | fastest peer / ours | GB/s | of a copy |")
+        lines.append("|---" * (len(names) + 6) + "|")
+        for row in results:
+            part = row[phase]
+            times = {name: timing["median_ms"] * 1e3 for name, timing in part["timings"].items()}
+            peers = [time for name, time in times.items() if name != "trl_turbo"]
+            cells = [row["op"], f"{row['n']:,}", f"{row['hidden']:,}"]
+            cells += [f"{times[name]:,.1f}" if name in times else "-" for name in names]
+            cells.append(f"{min(peers) / times['trl_turbo']:.2f}x")
+            cells += [f"{part['gbps']:,.0f}", f"{part['gbps'] / part['copy_gbps']:.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SECTIONS = {"linear_logprob": linear_logprob, "lora_fold": lora_fold, "lora": lora, "blocks": blocks}
 
 
 def rendered(page: str) -> str:

@@ -14,7 +14,9 @@ from trl_turbo.settings import PREFIX
 WORDS: dict[str, tuple[str, ...]] = {"rollout": ("script",)}
 #: Features that are off unless asked for, and why, in the words of the report.
 OPT_IN: dict[str, str] = {
-    "rollout": "off by default until it is measured on a GPU; patch(rollout=True) or TRL_TURBO_ROLLOUT=1 turns it on"
+    feature: "off by default until it is measured on a GPU; "
+    f"patch({feature}=True) or {PREFIX}_{feature.upper()}=1 turns it on"
+    for feature in ("rollout", "lora", "norms", "rope", "mlp")
 }
 #: Names that no feature may have: keywords of ``patch()`` and switches that mean something else.
 RESERVED = frozenset({"strict", "verbose", "plugins", *settings.WORDS})

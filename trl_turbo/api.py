@@ -21,6 +21,10 @@ def patch(
     rollout_adapter: Literal["auto", "merged", "served"] | None = None,
     rollout_burst: Literal["auto", "off"] | None = None,
     rollout_kv_cache_dtype: Literal["auto", "fp8"] | None = None,
+    lora: bool | None = None,
+    norms: bool | None = None,
+    rope: bool | None = None,
+    mlp: bool | None = None,
     **features: bool | None,
 ) -> Report:
     """Patch TRL in place. Call it anywhere in a script, before or after the imports.
@@ -45,9 +49,15 @@ def patch(
         rollout_kv_cache_dtype: ``"fp8"`` halves the KV cache of a 16-bit model; samples then come from a slightly
             different policy. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE``, and that to ``auto``, the
             model's own dtype.
+        lora: PEFT's LoRA layers over bf16, fp16, fp32 and bitsandbytes bases, the projections of attention together and
+            gated MLPs as one function. Off unless asked for: it is proven on the CPU and not yet measured on a GPU.
+        norms: RMSNorms of any model that computes what our op does, found out on random input. Off unless asked for: it
+            is proven on the CPU and not yet measured on a GPU, like ``rope`` and ``mlp``.
+        rope: The rotary embedding of any model whose ``apply_rotary_pos_emb`` computes what our op does.
+        mlp: Gated MLPs of any model, between their own linears, where they compute what our op does.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
-            (``rollout`` is off).
+            (``rollout``, ``lora``, ``norms``, ``rope`` and ``mlp`` are off).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:
@@ -69,6 +79,10 @@ def patch(
             "rollout_adapter": rollout_adapter,
             "rollout_burst": rollout_burst,
             "rollout_kv_cache_dtype": rollout_kv_cache_dtype,
+            "lora": lora,
+            "norms": norms,
+            "rope": rope,
+            "mlp": mlp,
             **features,
         },
     )

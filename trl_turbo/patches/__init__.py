@@ -6,10 +6,20 @@ They import torch and trl only inside ``probe`` and ``build``, so that ``trl_tur
 from __future__ import annotations
 
 #: Plugin modules that come with the package, in the order in which their patches apply.
-BUILTIN: tuple[str, ...] = ("trl_turbo.patches.logprob", "trl_turbo.patches.rollout")
+BUILTIN: tuple[str, ...] = (
+    "trl_turbo.patches.logprob",
+    "trl_turbo.patches.rollout",
+    # Before the blocks: what is applied last sees a model first, and an MLP with adapters is one function over theirs
+    "trl_turbo.patches.lora",
+    "trl_turbo.patches.blocks",
+)
 
 #: Keywords of ``patch()`` that exist whether or not the plugin module behind them can be imported.
 FEATURES: dict[str, str] = {
     "logprob": "fused per-token log-prob, entropy and DPO statistics that never form a [N, V] tensor",
     "rollout": "rollouts from a colocated vLLM that reads the trainer's own weights: no copy, no sync",
+    "lora": "LoRA layers, and MLPs of them, that keep their input once for backward",
+    "norms": "RMSNorms that keep their input and one number a row for backward",
+    "rope": "rotary embeddings in one pass over queries and keys",
+    "mlp": "gated MLPs that keep gate and up alone between their linears",
 }

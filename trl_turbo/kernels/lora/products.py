@@ -1,0 +1,187 @@
+"""The products of linears that share an input, forward and backward, without autograd.
+
+Adapters lie side by side: `low` [N, R] has dropout(x) @ lora_A.T of each in its columns, and `high` [N, R] has
+grad @ lora_B * scaling. No [out, in] of an adapter is ever formed, and no [N, in] for each of them is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from .dropout import drop, replay
+from .spec import Adapter, Projections, adapters_of
+
+#: For each adapter the generator's state before its dropout, `None` where nothing was dropped
+States = tuple[torch.Tensor | None, ...]
+Grads = Sequence[torch.Tensor | None]
+
+
+def forward(
+    x: torch.Tensor, projections: Projections, *, training: bool
+) -> tuple[list[torch.Tensor], torch.Tensor, States]:
+    """Outputs [N, out] of each projection, `low` [N, R] and the states of dropout.
+
+    Args:
+        x: [N, in], contiguous.
+        projections: Linears of this input.
+        training: Whether a backward pass follows.
+    """
+    compute = projections[0].compute
+    low, states = _low(x, adapters_of(projections), compute)
+    outputs, columns = [], _columns(projections)
+    for projection in projections:
+        y = projection.base.product(x, training=training)
+        added: torch.Tensor | None = y if y.dtype == compute == projection.result else None
+        for adapter in projection.adapters:
+            a, b = low[:, next(columns)], adapter.lora_B.to(compute).t()
+            added = _scaled(a, b, adapter.scaling) if added is None else added.addmm_(a, b, alpha=adapter.scaling)
+        outputs.append(y.to(projection.result) if added is None else _sum(y, added, projection.result))
+    return outputs, low, states
+
+
+def input_gradient(
+    dtype: torch.dtype, projections: Projections, grads: Grads, states: States, *, wanted: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The gradient of x, [N, in] in `dtype` and `None` unless wanted, and `high` [N, R].
+
+    Args:
+        dtype: Of x.
+        projections: As in forward.
+        grads: Of each output, [N, out], or `None`; not all of them `None`.
+        states: From forward.
+        wanted: Whether x has a gradient.
+    """
+    compute, adapters = projections[0].compute, adapters_of(projections)
+    high = _high(projections, grads, compute)
+    if not wanted:
+        return None, high
+    found: torch.Tensor | None = None
+    for projection, grad in zip(projections, grads, strict=True):
+        if grad is None:
+            continue
+        if found is None or found.dtype == projection.base.dtype:
+            found = projection.base.add_gradient(grad, found)
+        else:
+            found = found + projection.base.add_gradient(grad, None)
+    assert found is not None
+    if not any(state is not None for state in states):
+        if adapters and found.dtype == compute == dtype:
+            return found.addmm_(high, _stacked(adapters, compute)), high
+        found = found.to(dtype)
+        return (found.add_(high @ _stacked(adapters, compute)) if adapters else found), high
+    found = found.to(dtype)
+    for adapter, state, columns in zip(adapters, states, _columns(projections), strict=True):
+        added = high[:, columns] @ adapter.lora_A.to(compute)
+        if state is not None:
+            added = replay(added.to(adapter.lora_A.dtype), adapter.dropout, state)
+        found.add_(added)
+    return found, high
+
+
+def adapter_gradients(
+    x: torch.Tensor | None,
+    projections: Projections,
+    grads: Grads,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    states: States,
+    wanted: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of lora_A [r, in] and lora_B [out, r] of each adapter, in turn; `None` where not wanted.
+
+    Args:
+        x: [N, in], contiguous; `None` where no lora_A has a gradient.
+        projections: As in forward.
+        grads: Of each output, [N, out], or `None`.
+        low: [N, R], from forward.
+        high: [N, R], from `input_gradient`.
+        states: From forward.
+        wanted: Of each lora_A and lora_B in turn.
+    """
+    compute, adapters = projections[0].compute, adapters_of(projections)
+    of_output = [grad for projection, grad in zip(projections, grads, strict=True) for _ in projection.adapters]
+    found: list[torch.Tensor | None] = []
+    together = None
+    plain = x is not None and not any(state is not None for state in states)
+    if x is not None and plain and any(wanted[::2]):
+        together = high.t() @ x.to(compute)  # [R, in]
+    for i, (adapter, state, columns) in enumerate(zip(adapters, states, _columns(projections), strict=True)):
+        grad, (of_a, of_b) = of_output[i], wanted[2 * i : 2 * i + 2]
+        if not of_a or grad is None or x is None:
+            found.append(None)
+        elif together is not None:
+            found.append(together[columns].to(adapter.lora_A.dtype))
+        else:
+            found.append((high[:, columns].t() @ _dropped(x, adapter, state, compute)).to(adapter.lora_A.dtype))
+        if not of_b or grad is None:
+            found.append(None)
+        else:
+            product = _scaled(grad.to(compute).t(), low[:, columns], adapter.scaling)
+            found.append(product.to(adapter.lora_B.dtype))
+    return found
+
+
+def _low(x: torch.Tensor, adapters: list[Adapter], compute: torch.dtype) -> tuple[torch.Tensor, States]:
+    if not any(adapter.dropout for adapter in adapters):
+        if not adapters:
+            return x.new_empty((x.shape[0], 0), dtype=compute), ()
+        return x.to(compute) @ _stacked(adapters, compute).t(), (None,) * len(adapters)
+    low = x.new_empty((x.shape[0], sum(adapter.rank for adapter in adapters)), dtype=compute)
+    states: list[torch.Tensor | None] = []
+    start = 0
+    for adapter in adapters:
+        a, state = x, None
+        if adapter.dropout:
+            a, state = drop(x.to(adapter.lora_A.dtype), adapter.dropout)
+        torch.mm(a.to(compute), adapter.lora_A.to(compute).t(), out=low[:, start : start + adapter.rank])
+        states.append(state)
+        start += adapter.rank
+    return low, tuple(states)
+
+
+def _high(projections: Projections, grads: Grads, compute: torch.dtype) -> torch.Tensor:
+    first = next(grad for grad in grads if grad is not None)
+    rows, columns = first.shape[0], _columns(projections)
+    adapters = adapters_of(projections)
+    high = first.new_empty((rows, sum(adapter.rank for adapter in adapters)), dtype=compute)
+    for projection, grad in zip(projections, grads, strict=True):
+        for adapter in projection.adapters:
+            part = high[:, next(columns)]
+            if grad is None:
+                part.zero_()
+            else:
+                _scaled(grad.to(compute), adapter.lora_B.to(compute), adapter.scaling, out=part)
+    return high
+
+
+def _dropped(x: torch.Tensor, adapter: Adapter, state: torch.Tensor | None, compute: torch.dtype) -> torch.Tensor:
+    if state is None:
+        return x.to(compute)
+    return replay(x.to(adapter.lora_A.dtype), adapter.dropout, state).to(compute)
+
+
+def _stacked(adapters: list[Adapter], compute: torch.dtype) -> torch.Tensor:
+    """lora_A of all, [R, in]."""
+    if len(adapters) == 1:
+        return adapters[0].lora_A.to(compute)
+    return torch.cat([adapter.lora_A for adapter in adapters]).to(compute)
+
+
+def _scaled(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """scaling * a @ b, rounded once."""
+    # With beta=0 what it would be added to is not read
+    unread = a.new_empty((1, 1))
+    return torch.addmm(unread, a, b, beta=0, alpha=scaling, out=out)
+
+
+def _sum(y: torch.Tensor, added: torch.Tensor, result: torch.dtype) -> torch.Tensor:
+    return added if added is y else torch.add(y, added).to(result)
+
+
+def _columns(projections: Projections) -> Iterator[slice]:
+    start = 0
+    for adapter in adapters_of(projections):
+        yield slice(start, start + adapter.rank)
+        start += adapter.rank

@@ -1,0 +1,107 @@
+"""Tensors of any strides as rows, for the kernels that go over rows."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+#: Dtypes that the kernels take.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Row numbers are 32 bits wide in the kernels, and go a little beyond the last row
+_MOST_ROWS = 1 << 30
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether kernels take these: on CUDA, with elements, of `DTYPES`; no subclasses, which have ways of their own."""
+    return all(
+        x.is_cuda and x.dtype in DTYPES and type(x) in (torch.Tensor, torch.nn.Parameter) and x.numel() > 0
+        for x in tensors
+    ) and all(x.numel() // x.shape[-1] < _MOST_ROWS for x in tensors)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, the stream being that one's current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+class Rows(NamedTuple):
+    """A tensor [..., D] as N rows, row r starting at (r // inner) * outer_stride + (r % inner) * inner_stride.
+
+    Two strides serve slices of a fused projection and transposed heads.
+    """
+
+    tensor: torch.Tensor
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+    @property
+    def dense(self) -> bool:
+        """Whether row follows row without a gap."""
+        return self.outer_stride == 0 and self.inner_stride == self.tensor.shape[-1]
+
+
+class Order:
+    """The order in which the rows of tensors of one shape are gone through: that in which `like` has them in memory.
+
+    Args:
+        like: [..., D].
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.shape = like.shape
+        self.count = like.shape[:-1].numel()
+        self.order, self.back = _order(like.shape, like.stride())
+
+    def rows(self, x: torch.Tensor) -> Rows:
+        """x [..., D] as rows, or its copy where its strides are odd."""
+        return self.view(x) or Rows(self.ordered(x).contiguous(), self.count, 0, x.shape[-1])
+
+    def view(self, x: torch.Tensor) -> Rows | None:
+        """x [..., D] as rows without a copy, or `None`."""
+        levels = _levels(x.shape, x.stride(), self.order)
+        return None if levels is None else Rows(x, *levels)
+
+    def ordered(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., D or 1] with its dimensions in this order."""
+        return x.permute(*self.order, x.ndim - 1)
+
+    def empty(self, like: torch.Tensor, dtype: torch.dtype, width: int | None = None) -> torch.Tensor:
+        """A new tensor [..., D or `width`], dense, in this order in memory."""
+        shape = [*(self.shape[i] for i in self.order), self.shape[-1] if width is None else width]
+        new = torch.empty(shape, dtype=dtype, device=like.device)
+        return new.permute(*self.back, len(self.order))
+
+
+# A layer's shapes come again in each layer and step: found once, they cost a look-up instead of some 50 us in Python
+@functools.lru_cache(4096)
+def _order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Leading dimensions from the widest stride to the narrowest, and the permutation back."""
+    order = sorted(range(len(shape) - 1), key=lambda i: (strides[i], shape[i]), reverse=True)
+    return tuple(order), tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+@functools.lru_cache(4096)
+def _levels(shape: tuple[int, ...], strides: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """`inner`, `outer_stride` and `inner_stride` of `Rows`, or `None` where two strides do not do."""
+    if strides[-1] != 1 and shape[-1] != 1:
+        return None
+    levels: list[tuple[int, int]] = []  # sizes and strides, from the last
+    for i in reversed(order):
+        size, stride = shape[i], strides[i]
+        if size == 1:
+            continue
+        if levels and stride == levels[-1][0] * levels[-1][1]:
+            levels[-1] = (levels[-1][0] * size, levels[-1][1])
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return None
+    inner, inner_stride = levels[0] if levels else (1, shape[-1])
+    # One level: the quotient is 0, and so is its stride, which divides by whatever the loads want
+    return inner, levels[1][1] if len(levels) == 2 else 0, inner_stride

@@ -1,0 +1,174 @@
+"""What a PEFT LoRA layer computes in its present state, as a `Projection`, or why that is left to PEFT.
+
+The dtypes are PEFT's (peft/tuners/lora/layer.py and bnb.py, 0.17 to 0.21). Over a dense base the sum is rounded to the
+base's dtype. Over bitsandbytes the base answers in the dtype of its input, and PEFT casts to the adapter's dtype and
+back unless `torch.is_autocast_enabled()`, which asks about CUDA alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl_turbo.kernels.lora import Adapter, Base, Dense, EightBit, FourBit, Projection
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Left(Exception):  # noqa: N818 (not an error)
+    """The layer runs PEFT's own forward; says why, or nothing where PEFT's forward is all there is to do."""
+
+
+def projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Projection:
+    """What `layer` computes of an x [..., in] of a dtype on a device, with autocast as it is now.
+
+    Args:
+        layer: A LoRA layer of PEFT's, or a frozen linear without one.
+        x_dtype: Dtype of x.
+        device: Of x.
+
+    Raises:
+        Left: It runs its own forward.
+    """
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    if torch.float64 in (x_dtype, autocast) and autocast is not None:
+        raise Left("float64 under autocast runs PEFT's own forward")
+    if not hasattr(layer, "lora_A"):
+        base, result = _base(layer, x_dtype, device, autocast)
+        return Projection(base, (), result, result)
+    if layer.disable_adapters or layer.merged:
+        raise Left  # there is nothing but the base, and PEFT may have to unmerge it
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        raise Left
+    base, result = _base(layer.base_layer, x_dtype, device, autocast)
+    adapters = tuple(_adapter(layer, name, device) for name in names)
+    dtypes = {tensor.dtype for adapter in adapters for tensor in adapter[:2]}
+    if len(dtypes) > 1:
+        raise Left("adapters of several dtypes on one layer run PEFT's own forward")
+    (own,) = dtypes
+    casts = isinstance(base, Dense) or not torch.is_autocast_enabled()
+    if own != x_dtype and not (casts and getattr(layer, "cast_input_dtype_enabled", True)) and autocast is None:
+        raise Left("an input that PEFT does not cast to the adapter's dtype is left to PEFT")
+    compute = own if autocast is None else autocast
+    if not casts and torch.promote_types(result, compute) != result:
+        raise Left(f"a quantised base that answers in {result} under autocast in {compute} runs PEFT's own forward")
+    return Projection(base, adapters, compute, result)
+
+
+def identity(found: Projection, layer: Any) -> tuple[Any, ...]:
+    """Differs for two projections of one layer that may compute something else."""
+    own: list[Any] = [id(layer), found.compute, found.result, found.base.dtype]
+    for tensor in (*found.base.tensors(), *(t for adapter in found.adapters for t in adapter[:2])):
+        own += [id(tensor), tensor._version]
+    return (*own, *((adapter.scaling, adapter.dropout) for adapter in found.adapters))
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether calling these runs more than the forward of their class."""
+    return nn.modules.module._has_any_global_hook() or any(
+        "forward" in vars(m) or any(getattr(m, name) for name in _HOOKS) for m in modules
+    )
+
+
+def is_lora(module: Any) -> bool:
+    """Whether a module is a LoRA layer over a linear, of those whose forward we replace."""
+    return any(scope.__name__ in _CLASSES and scope.__module__ in _MODULES for scope in type(module).__mro__)
+
+
+_CLASSES = ("Linear", "Linear4bit", "Linear8bitLt")
+_MODULES = ("peft.tuners.lora.layer", "peft.tuners.lora.bnb")
+
+
+def _adapter(layer: Any, name: str, device: torch.device) -> Adapter:
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    variant = getattr(layer, "lora_variant", {}).get(name)
+    if variant is not None or getattr(layer, "use_dora", {}).get(name):
+        kind = type(variant).__name__.removesuffix("LinearVariant") if variant is not None else "Dora"
+        raise Left(f"{kind} is not plain LoRA and runs PEFT's own forward")
+    if getattr(b, "bias", None) is not None or getattr(a, "bias", None) is not None:
+        raise Left("adapters with a bias (lora_bias=True) run PEFT's own forward")
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        raise Left(f"adapters made of {type(a).__name__} run PEFT's own forward")
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        raise Left(f"{type(dropout).__name__} before an adapter runs PEFT's own forward")
+    if hooked(a, b, dropout):
+        raise Left("layers with hooks on their adapter run PEFT's own forward")
+    _reachable(a.weight, b.weight, device=device)
+    share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return Adapter(a.weight, b.weight, float(layer.scaling[name]), share)
+
+
+def _base(
+    module: Any, x_dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None
+) -> tuple[Base, torch.dtype]:
+    kind = "dense" if type(module) is nn.Linear else _quantised(module)
+    if kind is None:
+        raise Left(f"a base of {type(module).__name__} runs PEFT's own forward")
+    if hooked(module):
+        raise Left(
+            "layers with hooks on their base, or a base that was moved to another device, run PEFT's own forward"
+        )
+    weight, bias = module.weight, module.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise Left("a base with trainable weights or biases runs PEFT's own forward")
+    _reachable(weight, *(() if bias is None else (bias,)), device=device)
+    if kind == "dense":
+        if autocast is None and x_dtype != weight.dtype:
+            raise Left  # torch says what is wrong
+        dtype = autocast or weight.dtype
+        return Dense(weight, bias, dtype), dtype
+    if kind == "4bit":
+        return _four_bit(module, x_dtype, autocast), x_dtype
+    return _eight_bit(module, x_dtype, device, autocast), x_dtype
+
+
+def _quantised(module: Any) -> str | None:
+    nn_module = sys.modules.get("bitsandbytes.nn")
+    if nn_module is None:
+        return None
+    for name, kind in (("Linear4bit", "4bit"), ("Linear8bitLt", "8bit")):
+        known = getattr(nn_module, name)
+        if isinstance(module, known) and type(module).forward is known.forward:
+            return kind
+    return None
+
+
+def _four_bit(module: Any, x_dtype: torch.dtype, autocast: torch.dtype | None) -> FourBit:
+    state = getattr(module.weight, "quant_state", None)
+    # Loaded without its state, which its own forward sets right, or packed for inference on the CPU
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        raise Left
+    if not module.compute_type_is_set:  # as its own forward does in its first call
+        module.set_compute_type(torch.empty((2, 1), dtype=x_dtype))
+        module.compute_type_is_set = True
+    dtype = module.compute_dtype or x_dtype
+    if autocast not in (None, dtype):
+        raise Left(f"a 4-bit base that computes in {dtype} under autocast in {autocast} runs PEFT's own forward")
+    if tuple(state.shape) != (module.out_features, module.in_features):
+        raise Left("a 4-bit base that is stored transposed runs PEFT's own forward")
+    return FourBit(module.weight, state, module.bias, dtype, x_dtype)
+
+
+def _eight_bit(module: Any, x_dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None) -> EightBit:
+    if module.state.has_fp16_weights:
+        raise Left("an 8-bit base that keeps 16-bit weights (has_fp16_weights=True) runs PEFT's own forward")
+    if autocast is not None and device.type != "cuda":
+        raise Left("an 8-bit base under autocast on the CPU runs PEFT's own forward")
+    return EightBit(module.forward, module.state, x_dtype)
+
+
+def _reachable(*tensors: torch.Tensor, device: torch.device) -> None:
+    for tensor in tensors:
+        if hasattr(tensor, "ds_id") or type(tensor.data).__name__ == "DTensor" or _flattened(tensor):
+            raise Left("weights that are sharded, or stand for a parameter, run PEFT's own forward")
+        if tensor.device != device:
+            raise Left("weights on another device than their input run PEFT's own forward")
+
+
+def _flattened(tensor: torch.Tensor) -> bool:
+    """Whether FSDP shows this as a view of its flat parameter."""
+    return getattr(tensor, "_fsdp_flattened", False) or not isinstance(tensor, nn.Parameter)
