@@ -12,7 +12,10 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-TWINS = [HERE / "twins.py", *(HERE / op / "twins.py" for op in ("lora_fold", "rms_norm", "rope", "gated"))]
+TWINS = [
+    HERE / "twins.py",
+    *(HERE / op / "twins.py" for op in ("lora_fold", "token_logprob", "rms_norm", "rope", "gated")),
+]
 each_file = pytest.mark.parametrize("twins", TWINS, ids=lambda path: path.parent.name)
 
 

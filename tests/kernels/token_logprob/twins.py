@@ -1,4 +1,4 @@
-"""The Triton kernel against plain torch; run by `test_token_logprob.py` with Triton's interpreter on or off."""
+"""The Triton kernel against plain torch; run by `test_triton.py` with Triton's interpreter on or off."""
 
 from __future__ import annotations
 
