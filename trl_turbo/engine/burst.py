@@ -1,13 +1,13 @@
 """Decode several tokens for each pass through vLLM's scheduler.
 
-A decode step of a small model is short on the GPU, and the Python around it may take longer: with 8 sequences of a 1.5B
-model on an H200, a step took 3.0 ms one by one and 2.4 in bursts on a host with slow processors, and 2.37 and 2.34 on a
-fast one. Scheduling, bookkeeping and output handling need no token's value while every sequence just goes on, so they are
-done once for a burst of steps, whose tokens stay on the device in between. To the scheduler
-a burst looks as a step of speculative decoding does whose drafts were all accepted, a case that it, its bookkeeping
-and its output processing know: each request gets several tokens at once, and those after a stop are dropped.
+A decode step of a small model is short on the GPU, and the Python around it may take longer: with 8 sequences of a
+1.5B model on an H200, a step took 3.0 ms one by one and 2.4 in bursts on a slow host, 2.37 and 2.34 on a
+fast one. Scheduling, bookkeeping and output handling need no token's value while every sequence just goes on, so they
+are done once for a burst of steps, whose tokens stay on the device in between. To the scheduler a burst looks as a step
+of speculative decoding does whose drafts were all accepted, a case that it, its bookkeeping and its output processing
+know: each request gets several tokens at once, and those after a stop are dropped.
 
-`schedules` are for `scheduler_cls`, `executes` for a worker class; vLLM offers both as places for one's own class.
+The schedulers here are for `scheduler_cls`, `Executes` for a worker class; vLLM offers both as places for one's own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The further steps of a burst on vLLM's GPU runner: the same kernels, without what prepares them anew.
 
 From the second step of a burst on, the batch is that of the step before with one token more. vLLM's `execute_model`
-would sort it, copy it to the device, write its states and look up its graph again. Everything that differs is on the device already: the tokens that were sampled and how
-many were computed. So only the kernels that read those are launched, vLLM's own but for the log-prob, and the tokens of
-all steps come to the host once: 0.8 to 1.5 ms of Python a step on two H200 hosts, where the GPU needs 2.3.
+would sort it, copy it to the device, write its states and look up its graph again. Everything that differs is on the
+device already: the tokens that were sampled and how many were computed. So only the kernels that read those are
+launched, vLLM's own but for the log-prob, and the tokens of all steps come to the host once: 0.8 to 1.5 ms of Python a
+step on two H200 hosts, where the GPU needs 2.3.
 
 Follows `GPUModelRunner.execute_model` and `sample_tokens` of `vllm.v1.worker.gpu.model_runner` (0.26); `unfit` says
 where a runner is not as expected, and bursts then run through those two.

@@ -172,8 +172,9 @@ def _limit(text: Any) -> int:
 def _graphs(sequences: int, adapter: bool) -> dict[str, Any]:
     """Whole-model graphs for the batches that decoding runs: no larger than the rollout, and each once.
 
-    Not compiled: with graphs, vLLM's own kernels decode as fast as Inductor's, and start in half the time (38 against
-    77 s on one H200, 1.5B). Prefills are larger than any of these batches and would find no piecewise graph either.
+    Not compiled: that starts in half the time (38 against 77 s on one H200, 1.5B), and steps took as long within what
+    that host's processors let show (2.45 against 2.62 ms). Prefills are larger than any of these batches and would find
+    no piecewise graph either.
     """
     sizes = sorted({1, 2, 4, *range(8, min(sequences, 512) + 1, 8), min(sequences, 512)})
     chosen: dict[str, Any] = {
