@@ -266,7 +266,8 @@ def _release_pools() -> None:
     """
     module = sys.modules.get("vllm.device_allocator.cumem")
     allocator = module.CuMemAllocator.instance if module is not None else None
-    if allocator is not None and hasattr(allocator, "release_pools"):
+    # Memory that is still held is another engine's, which goes on
+    if allocator is not None and hasattr(allocator, "release_pools") and not allocator.pointer_to_data:
         allocator.release_pools()
 
 
