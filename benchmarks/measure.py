@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
 import platform
 import statistics
 import subprocess
@@ -13,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,6 +99,14 @@ def environment(packages: tuple[str, ...]) -> dict[str, str]:
 def as_rows(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
     """For JSON, rounded to what was measured."""
     return {name: {key: round(value, 4) for key, value in asdict(t).items()} for name, t in timings.items()}
+
+
+def write(out: Path, data: Mapping[str, Any], picture: Callable[[Path], None]) -> None:
+    """Write OUT.json and, by `picture`, OUT.png."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    picture(out.with_suffix(".png"))
+    print(f"\nwrote {out.with_suffix('.json')} and .png")
 
 
 def _timing(values: list[float], extra_mib: float) -> Timing:

@@ -10,7 +10,6 @@ a share of what a copy reaches. Writes OUT.json and OUT.png. Without a CUDA devi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -367,12 +366,8 @@ def main() -> None:
     if CUDA:
         print(f"\nbelow {BAR:.0%} of a copy: {', '.join(below) or 'none'}")
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(
-            json.dumps({"environment": about, "bar": BAR, "below": below, "results": results}, indent=1) + "\n"
-        )
-        picture(results, about["card"], args.out.with_suffix(".png"))
-        print(f"wrote {args.out.with_suffix('.json')} and .png")
+        data = {"environment": about, "bar": BAR, "below": below, "results": results}
+        measure.write(args.out, data, lambda path: picture(results, about["card"], path))
 
 
 if __name__ == "__main__":

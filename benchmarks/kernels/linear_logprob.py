@@ -9,7 +9,6 @@ Writes OUT.json and OUT.png. Without a CUDA device it runs tiny sizes in float32
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -245,12 +244,8 @@ def main() -> None:
             if CUDA:
                 torch.cuda.empty_cache()
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(
-            json.dumps({"environment": about, "results": results}, indent=1) + "\n"
-        )
-        picture(results, about["card"], args.out.with_suffix(".png"))
-        print(f"\nwrote {args.out.with_suffix('.json')} and .png")
+        data = {"environment": about, "results": results}
+        measure.write(args.out, data, lambda path: picture(results, about["card"], path))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -296,12 +295,8 @@ def main() -> None:
                             torch.cuda.empty_cache()
     verdict(results)
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(
-            json.dumps({"environment": about, "results": results}, indent=1) + "\n"
-        )
-        picture(results, about["card"], args.out.with_suffix(".png"))
-        print(f"\nwrote {args.out.with_suffix('.json')} and .png")
+        data = {"environment": about, "results": results}
+        measure.write(args.out, data, lambda path: picture(results, about["card"], path))
 
 
 if __name__ == "__main__":

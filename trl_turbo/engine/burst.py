@@ -42,7 +42,7 @@ class Burst(SchedulerOutput):
     def steps(self) -> Iterator[SchedulerOutput]:
         """Yield what each step would have been scheduled as."""
         each = dict.fromkeys(self.num_scheduled_tokens, 1)
-        whole = {f.name: getattr(self, f.name) for f in fields(SchedulerOutput)}
+        whole = _whole(self)
         first = SchedulerOutput(**{**whole, "num_scheduled_tokens": each, "total_num_scheduled_tokens": len(each)})
         yield first
         # What happens once happens in the first: requests that ended, blocks that are new
@@ -53,6 +53,11 @@ class Burst(SchedulerOutput):
         cached = self.scheduled_cached_reqs
         for step in range(1, self.tokens):
             yield replace(first, scheduled_cached_reqs=_later(cached, step), **once)
+
+
+def _whole(output: SchedulerOutput) -> dict[str, Any]:
+    """vLLM's fields of what it scheduled, which may be more in another version."""
+    return {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
 
 
 def _later(cached: CachedRequestData, step: int) -> CachedRequestData:
@@ -105,10 +110,9 @@ class _Schedules:
             request.num_in_flight_tokens += tokens - 1
             if placeholders:
                 request.num_output_placeholders += tokens - 1
-        whole = {f.name: getattr(output, f.name) for f in fields(SchedulerOutput)}
         counts = dict.fromkeys(output.num_scheduled_tokens, tokens)
-        whole |= {"num_scheduled_tokens": counts, "total_num_scheduled_tokens": tokens * len(counts)}
-        return Burst(**whole, tokens=tokens)
+        for_all = {"num_scheduled_tokens": counts, "total_num_scheduled_tokens": tokens * len(counts)}
+        return Burst(**(_whole(output) | for_all), tokens=tokens)
 
 
 def _needs_no_look(request: Any) -> bool:

@@ -32,7 +32,6 @@ class Start:
         llm_kwargs: Arguments for `vllm.LLM`.
         weights: What it will share.
         plan: Its sizes.
-        merges_adapter: Whether an adapter that is there now is folded into the base for each rollout.
         quantised: Whether weights of the base are in 4 bits.
         can_release: Whether the KV cache can be given up between rollouts.
         way: How an adapter is used, and why, in a sentence.
@@ -42,7 +41,6 @@ class Start:
     llm_kwargs: dict[str, Any]
     weights: SharedWeights
     plan: Plan
-    merges_adapter: bool
     quantised: bool
     can_release: bool
     way: str = ""
@@ -136,7 +134,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
     kwargs |= _bursts(kwargs, on_gpu)
-    return Start(trainee, kwargs, weights, sizes, merges, bool(packed), kwargs["enable_sleep_mode"], way)
+    return Start(trainee, kwargs, weights, sizes, bool(packed), kwargs["enable_sleep_mode"], way)
 
 
 def vllm_device() -> torch.device:

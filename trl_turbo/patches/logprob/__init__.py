@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from trl_turbo.compat.versions import unmet
 from trl_turbo.hookspecs import hookimpl
-from trl_turbo.patches.lazy import late
+from trl_turbo.patches.lazy import late, late_patch
 from trl_turbo.patching import Patch
 
 if TYPE_CHECKING:
@@ -19,18 +20,6 @@ WITHOUT_PPO = "trl>=1.13"
 WITH_FUSED_HEAD = "trl>=1.15"
 ONLINE_DPO = "trl.experimental.online_dpo.online_dpo_trainer"
 PPO = "trl.experimental.ppo.ppo_trainer"
-
-
-def _patch(name: str, module: str, part: str, summary: str, *args: Any) -> Patch:
-    return Patch(
-        name=f"logprob.{name}",
-        feature="logprob",
-        module=module,
-        requires=(TRL,),
-        probe=late(__name__, part, "probe", *args),
-        build=late(__name__, part, "build", *args),
-        summary=summary,
-    )
 
 
 def _trainer(name: str, trainer: str, part: str, summary: str, *args: Any) -> Patch:
@@ -49,6 +38,9 @@ def _trainer(name: str, trainer: str, part: str, summary: str, *args: Any) -> Pa
         build=either("build"),
         summary=summary,
     )
+
+
+_patch = functools.partial(late_patch, __name__, "logprob", TRL)
 
 
 @hookimpl

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl_turbo.hookspecs import hookimpl
-from trl_turbo.patches.lazy import late
+from trl_turbo.patches.lazy import late_patch
 from trl_turbo.patching import Patch
 
 if TYPE_CHECKING:
@@ -16,17 +17,7 @@ if TYPE_CHECKING:
 
 PEFT = "peft>=0.17"
 
-
-def _patch(name: str, module: str, part: str, summary: str, *args: Any) -> Patch:
-    return Patch(
-        name=f"lora.{name}",
-        feature="lora",
-        module=module,
-        requires=(PEFT,),
-        probe=late(__name__, part, "probe", *args),
-        build=late(__name__, part, "build", *args),
-        summary=summary,
-    )
+_patch = functools.partial(late_patch, __name__, "lora", PEFT)
 
 
 @hookimpl

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import TYPE_CHECKING
 
 from trl_turbo.compat.versions import unmet
 from trl_turbo.hookspecs import hookimpl
-from trl_turbo.patches.lazy import late
+from trl_turbo.patches.lazy import late_patch
 from trl_turbo.patching import Patch
 
 if TYPE_CHECKING:
@@ -19,17 +20,7 @@ ONLINE_DPO = "trl.experimental.online_dpo.online_dpo_trainer"
 PPO = "trl.experimental.ppo.ppo_trainer"
 TRAINERS = (("grpo", "GRPOTrainer"), ("rloo", "RLOOTrainer"))
 
-
-def _patch(name: str, module: str, part: str, summary: str, *args: str) -> Patch:
-    return Patch(
-        name=f"rollout.{name}",
-        feature="rollout",
-        module=module,
-        requires=(TRL,),
-        probe=late(__name__, part, "probe", *args),
-        build=late(__name__, part, "build", *args),
-        summary=summary,
-    )
+_patch = functools.partial(late_patch, __name__, "rollout", TRL)
 
 
 @hookimpl
