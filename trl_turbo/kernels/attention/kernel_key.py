@@ -11,76 +11,6 @@ import triton.language as tl
 from .kernel_math import LOG2E, capped_tanh, exp2, load_rows, store_rows
 
 
-@triton.jit
-def _sweep(
-    grad_k,
-    grad_v,
-    k,
-    v,
-    q_ptr,
-    q_token,
-    grad_o_ptr,
-    grad_o_token,
-    lse_ptr,
-    delta_ptr,
-    first,
-    stop,
-    end,
-    shift,
-    scale_2,
-    softcap,
-    slope,
-    window,
-    PARTIAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Add what query rows `first` to `stop` give; PARTIAL: rows from `end` on are not there, MASKED: not all see all.
-
-    Key j is seen by row m where m + shift >= j. Keys are rows here, so that each product but the scores' has its first
-    operand in registers.
-    """
-    lane = tl.arange(0, STEP)
-    for start in tl.range(first, stop, STEP, num_stages=STAGES):
-        ahead = tl.cast(start, tl.int64)
-        q = load_rows(q_ptr + ahead * q_token, q_token, 0, end - start, PARTIAL, D, STEP, COLUMNS)
-        if PARTIAL:
-            # 2^(s - inf) = 0 for rows that are not there
-            lse = tl.load(lse_ptr + start + lane, mask=start + lane < end, other=float("inf"))
-            delta = tl.load(delta_ptr + start + lane, mask=start + lane < end, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + start + lane)
-            delta = tl.load(delta_ptr + start + lane)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        if SOFTCAP:
-            tanh = capped_tanh(s, slope)
-            s = softcap * tanh
-        p = exp2(s * scale_2 - lse[None, :])
-        if MASKED:
-            behind = start + shift + lane[None, :] - tl.arange(0, BLOCK)[:, None]
-            seen = behind >= 0
-            if WINDOW:
-                seen &= behind < window
-            p = tl.where(seen, p, 0.0)
-        grad_o = load_rows(
-            grad_o_ptr + ahead * grad_o_token, grad_o_token, 0, end - start, PARTIAL, D, STEP, COLUMNS
-        )
-        grad_v = tl.dot(p.to(grad_o.dtype), grad_o, grad_v, input_precision=PRECISION)
-        grad_p = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION)
-        grad_s = p * (grad_p - delta[None, :])
-        if SOFTCAP:
-            grad_s *= 1.0 - tanh * tanh
-        grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION)
-    return grad_k, grad_v
-
-
 @triton.jit(do_not_specialize=["window"])
 def key_kernel(
     q_ptr,
@@ -133,8 +63,8 @@ def key_kernel(
     run_low = tl.load(item_ptr + 5)
     run_high = tl.load(item_ptr + 6)
     slot = tl.load(item_ptr + 7)
-    k = load_rows(k_ptr + head * k_head + row * k_token, k_token, 0, keys, True, D, BLOCK, COLUMNS)
-    v = load_rows(v_ptr + head * v_head + row * v_token, v_token, 0, keys, True, D, BLOCK, COLUMNS)
+    k = load_rows(k_ptr + head * k_head + row * k_token, k_token, 0, keys, D, BLOCK, COLUMNS)
+    v = load_rows(v_ptr + head * v_head + row * v_token, v_token, 0, keys, D, BLOCK, COLUMNS)
     grad_k = tl.zeros((BLOCK, COLUMNS), tl.float32)
     grad_v = tl.zeros((BLOCK, COLUMNS), tl.float32)
     scale_2 = scale * LOG2E
@@ -142,6 +72,7 @@ def key_kernel(
     if SOFTCAP:
         scale_2 = LOG2E
         slope = scale / softcap
+    lane = tl.arange(0, STEP)
     for member in range(low, high):
         query_head = head * GROUP + member
         q_member = q_ptr + query_head * q_head
@@ -152,27 +83,36 @@ def key_kernel(
             start = tl.load(runs_ptr + run * 4)
             end = tl.load(runs_ptr + run * 4 + 1)
             ahead = tl.load(runs_ptr + run * 4 + 2) - position  # of the first key
-            shift = ahead - start
-            diagonal = start + tl.cdiv(tl.maximum(keys - 1 - ahead, 0), STEP) * STEP
-            whole = end
-            if WINDOW:
-                whole = tl.minimum(end, start + tl.maximum(window - ahead, 0))
-            whole = diagonal + tl.maximum(whole - diagonal, 0) // STEP * STEP
-            grad_k, grad_v = _sweep(
-                grad_k, grad_v, k, v, q_member, q_token, grad_o_member, grad_o_token, lse_member, delta_member,
-                start, tl.minimum(diagonal, end), end, shift, scale_2, softcap, slope, window,
-                True, True, WINDOW, SOFTCAP, PRECISION, D, COLUMNS, BLOCK, STEP, STAGES,
-            )  # fmt: skip
-            grad_k, grad_v = _sweep(
-                grad_k, grad_v, k, v, q_member, q_token, grad_o_member, grad_o_token, lse_member, delta_member,
-                diagonal, whole, end, shift, scale_2, softcap, slope, window,
-                False, False, WINDOW, SOFTCAP, PRECISION, D, COLUMNS, BLOCK, STEP, STAGES,
-            )  # fmt: skip
-            grad_k, grad_v = _sweep(
-                grad_k, grad_v, k, v, q_member, q_token, grad_o_member, grad_o_token, lse_member, delta_member,
-                whole, end, end, shift, scale_2, softcap, slope, window,
-                True, WINDOW, WINDOW, SOFTCAP, PRECISION, D, COLUMNS, BLOCK, STEP, STAGES,
-            )  # fmt: skip
+            for first in tl.range(start, end, STEP, num_stages=STAGES):
+                here = tl.cast(first, tl.int64)
+                behind = ahead + first - start
+                q = load_rows(q_member + here * q_token, q_token, 0, end - first, D, STEP, COLUMNS)
+                # 2^(s - inf) = 0 for rows that are not there
+                lse = tl.load(lse_member + here + lane, mask=lane < end - first, other=float("inf"))
+                delta = tl.load(delta_member + here + lane, mask=lane < end - first, other=0.0)
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                if SOFTCAP:
+                    tanh = capped_tanh(s, slope)
+                    s = softcap * tanh
+                p = exp2(s * scale_2 - lse[None, :])
+                masked = behind < keys - 1
+                if WINDOW:
+                    masked = masked | (behind + STEP > window)
+                if masked:
+                    distance = behind + lane[None, :] - tl.arange(0, BLOCK)[:, None]
+                    seen = distance >= 0
+                    if WINDOW:
+                        seen &= distance < window
+                    p = tl.where(seen, p, 0.0)
+                grad_o = load_rows(
+                    grad_o_member + here * grad_o_token, grad_o_token, 0, end - first, D, STEP, COLUMNS
+                )
+                grad_v = tl.dot(p.to(grad_o.dtype), grad_o, grad_v, input_precision=PRECISION)
+                grad_p = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION)
+                grad_s = p * (grad_p - delta[None, :])
+                if SOFTCAP:
+                    grad_s *= 1.0 - tanh * tanh
+                grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION)
     grad_k *= scale
     if slot < 0:
         at = head * grad_head + row * grad_token
@@ -213,7 +153,7 @@ def sum_kernel(
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for i in range(count):
             at = sums_ptr + tl.cast(i, tl.int64) * (HEADS * 2 * BLOCK * D) + which * BLOCK * D
-            total += load_rows(at, D, 0, keys, True, D, ROWS, COLUMNS)
+            total += load_rows(at, D, 0, keys, D, ROWS, COLUMNS)
         if which == 0:
             store_rows(grad_k_ptr + to, grad_token, total, keys, D, ROWS, COLUMNS)
         else:

@@ -15,23 +15,17 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def load_rows(ptr, token, first, end, MASKED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_rows(ptr, token, first, end, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """ROWS rows at `ptr` [ROWS, COLUMNS], `token` elements apart; 0 before row `first`, from row `end` on, beyond D.
 
     What a neighbour holds must not be multiplied even by 0: it may be NaN.
     """
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    at = ptr + row * token + column
-    if MASKED:
-        inside = (row >= first) & (row < end)
-        if D < COLUMNS:
-            inside &= column < D
-        return tl.load(at, mask=inside, other=0.0)
-    elif D < COLUMNS:
-        return tl.load(at, mask=column < D, other=0.0)
-    else:
-        return tl.load(at)
+    inside = (row >= first) & (row < end)
+    if D < COLUMNS:
+        inside &= column < D
+    return tl.load(ptr + row * token + column, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -63,28 +57,65 @@ def query_tile(tiles_ptr, tile):
 
 
 @triton.jit
-def prefix_bounds(before, index, rows, window, WINDOW: tl.constexpr, STEP: tl.constexpr):
-    """Of a prefix's `before` keys: the first one seen, where steps begin, and from where on every query sees all.
+def key_steps(before, index, rows, window, PREFIX: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr):
+    """The steps that a block of queries goes over keys: its prefix's `before` keys, then those of its own segment.
 
-    Steps end with the prefix, so that the one that sticks out is the first.
+    They are one loop, so that loads run ahead throughout. Those over the prefix end with it: the first one sticks out.
+
+    Returns:
+        The prefix's first key that is seen, the own segment's first step, how many steps go over the prefix, how many
+        there are, and from which one on the diagonal needs a mask.
     """
     low = before * 0
-    edge = before * 0
+    first = index * 0
     if WINDOW:
         low = tl.minimum(tl.maximum(before + index - window + 1, 0), before)
-        edge = tl.minimum(tl.maximum(before + index + rows - window, 0), before)
-    first = before - tl.cdiv(before - low, STEP) * STEP
-    whole = before - (before - edge) // STEP * STEP
-    return low, first, whole
+        first = tl.maximum(index - window + 1, 0) // STEP * STEP
+    over_prefix = before * 0
+    if PREFIX:
+        over_prefix = tl.cdiv(before - low, STEP)
+    steps = over_prefix + tl.cdiv(index + rows - first, STEP)
+    diagonal = over_prefix + (index + 1 - first) // STEP
+    return low, first, over_prefix, steps, diagonal
 
 
 @triton.jit
-def own_bounds(index, rows, window, WINDOW: tl.constexpr, STEP: tl.constexpr):
-    """Of a segment's own keys: where steps begin, from where on every query sees all, and where the diagonal begins."""
-    diagonal = (index + 1) // STEP * STEP
-    first = index * 0
-    whole = index * 0
+def step_of(
+    step,
+    start,
+    prefix,
+    before,
+    index,
+    rows,
+    window,
+    low,
+    first,
+    over_prefix,
+    diagonal,
+    PREFIX: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One of `key_steps`.
+
+    Returns:
+        The packed row of its first key, in 64 bits, how far the first query is behind that key, the first of its keys
+        that is there and is seen, the end of them, and whether a mask is needed.
+    """
+    key = first + (step - over_prefix) * STEP
+    row = start + key
+    behind = index - key
+    skipped = key * 0
+    left = index + rows - key
+    masked = step >= diagonal
+    if PREFIX:
+        in_prefix = step < over_prefix
+        other = before + (step - over_prefix) * STEP
+        row = tl.where(in_prefix, prefix + other, row)
+        behind = tl.where(in_prefix, before + index - other, behind)
+        skipped = tl.where(in_prefix, tl.maximum(low - other, 0), 0)
+        left = tl.where(in_prefix, STEP, left)
+        masked = masked | (skipped > 0)
     if WINDOW:
-        first = tl.maximum(index - window + 1, 0) // STEP * STEP
-        whole = tl.minimum(tl.cdiv(tl.maximum(index + rows - window, 0), STEP) * STEP, diagonal)
-    return first, whole, diagonal
+        masked = masked | (behind + rows > window)
+    return row.to(tl.int64), behind, skipped, left, masked
