@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_math import LOG2E, capped_tanh, exp2, load_rows, store_rows
+from .kernel_math import LOG2E, add_rows, capped_tanh, exp2, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -29,6 +29,9 @@ def key_kernel(
     grad_v_ptr,
     grad_token,
     grad_head,
+    grad_q_ptr,
+    grad_q_token,
+    grad_q_head,
     sums_ptr,
     lse_ptr,
     delta_ptr,
@@ -48,10 +51,13 @@ def key_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
     """An item of `tables.KeyWork` for one of HEADS heads of keys: gradients of k and v, or a part of their sums.
 
-    `sums_ptr` [slots, HEADS, 2, BLOCK, D] is float32. Who adds what in which order is in the tables: no atomics.
+    `sums_ptr` [slots, HEADS, 2, BLOCK, D] is float32. Who adds what in which order is in the tables: no atomics. Only
+    where the gradient of q is wanted too (QUERIES), unscaled in a float32 `grad_q_ptr` of zeros, do programs add to it
+    in the order in which they come.
     """
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     item_ptr = items_ptr + tl.program_id(0) // HEADS * 8
@@ -77,6 +83,7 @@ def key_kernel(
         query_head = head * GROUP + member
         q_member = q_ptr + query_head * q_head
         grad_o_member = grad_o_ptr + query_head * grad_o_head
+        grad_q_member = grad_q_ptr + query_head * grad_q_head
         lse_member = lse_ptr + query_head * lse_head
         delta_member = delta_ptr + query_head * lse_head
         for run in range(run_low, run_high):
@@ -112,7 +119,13 @@ def key_kernel(
                 grad_s = p * (grad_p - delta[None, :])
                 if SOFTCAP:
                     grad_s *= 1.0 - tanh * tanh
-                grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION)
+                grad_s = grad_s.to(q.dtype)
+                grad_k = tl.dot(grad_s, q, grad_k, input_precision=PRECISION)
+                if QUERIES:
+                    grad_q = tl.dot(tl.trans(grad_s), k, input_precision=PRECISION)
+                    add_rows(
+                        grad_q_member + here * grad_q_token, grad_q_token, grad_q, end - first, D, STEP, COLUMNS
+                    )
     grad_k *= scale
     if slot < 0:
         at = head * grad_head + row * grad_token

@@ -37,6 +37,17 @@ def store_rows(ptr, token, x, end, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
 
 
 @triton.jit
+def add_rows(ptr, token, x, end, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Add the first `end` rows and D columns of x [ROWS, COLUMNS] to what others add to as well."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = row < end
+    if D < COLUMNS:
+        inside &= column < D
+    tl.atomic_add(ptr + row * token + column, x, mask=inside, sem="relaxed")
+
+
+@triton.jit
 def capped_tanh(x, slope):
     """tanh(x * slope), by way of 2^x."""
     return 1.0 - 2.0 / (exp2(x * (slope * 2 * LOG2E)) + 1.0)

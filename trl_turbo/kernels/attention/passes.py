@@ -7,10 +7,11 @@ import triton
 
 from trl_turbo.kernels.rows import on
 
+from .kernel_delta import delta_kernel
 from .kernel_forward import forward_kernel
 from .kernel_key import key_kernel, sum_kernel
 from .kernel_query import query_kernel
-from .plan import Tile, processors, tile_of
+from .plan import Tile, fused, processors, tile_of
 from .segments import Segments
 from .spec import Spec
 from .tables import key_work, query_tiles
@@ -18,6 +19,7 @@ from .tables import key_work, query_tiles
 # A row's offset inside of a tile is 32 bits wide
 _WIDEST_STRIDE = (1 << 31) // 256
 _SUM_ROWS = 32
+_DELTA_ROWS = 64
 
 
 def forward(
@@ -57,50 +59,88 @@ def backward(
     segments: Segments,
     spec: Spec,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v."""
+    """Gradients of q, k and v: a pass over queries and one over keys, or one over keys that makes all (see `plan.fused`)."""
     grad_o, q, k, v = (_rows(x) for x in (grad_o, q, k, v))
+    with on(q.device):
+        if fused(_columns(q.shape[2]), q.dtype) and not (spec.deterministic or torch.are_deterministic_algorithms_enabled()):
+            delta = deltas(o, grad_o)
+            sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+            grad_k, grad_v = keys(grad_o, q, k, v, lse, delta, segments, spec, sums)
+            grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            return torch.mul(sums, spec.scale, out=grad_q), grad_k, grad_v
+        grad_q, delta = queries(grad_o, q, k, v, o, lse, segments, spec)
+        return grad_q, *keys(grad_o, q, k, v, lse, delta, segments, spec)
+
+
+def deltas(o: torch.Tensor, grad_o: torch.Tensor) -> torch.Tensor:
+    """Sums of o * grad_o over the columns, [Hq, T] in float32."""
+    tokens, heads, width = o.shape
+    delta = torch.empty(heads, tokens, dtype=torch.float32, device=o.device)
+    delta_kernel[(triton.cdiv(tokens, _DELTA_ROWS) * heads,)](
+        *_strided(o, grad_o),
+        delta,
+        delta.stride(0),
+        tokens,
+        HEADS=heads,
+        D=width,
+        COLUMNS=_columns(width),
+        BLOCK=_DELTA_ROWS,
+    )
+    return delta
+
+
+def queries(
+    grad_o: torch.Tensor,  # [T, Hq, D]
+    q: torch.Tensor,  # [T, Hq, D]
+    k: torch.Tensor,  # [T, Hkv, D]
+    v: torch.Tensor,  # [T, Hkv, D]
+    o: torch.Tensor,  # [T, Hq, D]
+    lse: torch.Tensor,  # [Hq, T]
+    segments: Segments,
+    spec: Spec,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of q, and `deltas` on the way."""
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     delta = torch.empty_like(lse)
     tile = _tile("query", q)
     table = query_tiles(segments, tile.block, spec.window)
-    with on(q.device):
-        query_kernel[(len(table) * q.shape[1],)](
-            *_strided(q, k, v, o, grad_o, grad_q),
-            lse,
-            delta,
-            lse.stride(0),
-            table,
-            *_numbers(spec),
-            HEADS=q.shape[1],
-            PREFIX=segments.shared,
-            **_constants(q, k, spec, tile),
-        )
-        grad_k, grad_v = _keys(grad_o, q, k, v, lse, delta, segments, spec)
-    return grad_q, grad_k, grad_v
+    query_kernel[(len(table) * q.shape[1],)](
+        *_strided(q, k, v, o, grad_o, grad_q),
+        lse,
+        delta,
+        lse.stride(0),
+        table,
+        *_numbers(spec),
+        HEADS=q.shape[1],
+        PREFIX=segments.shared,
+        **_constants(q, k, spec, tile),
+    )
+    return grad_q, delta
 
 
-def _keys(
-    grad_o: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
+def keys(
+    grad_o: torch.Tensor,  # [T, Hq, D]
+    q: torch.Tensor,  # [T, Hq, D]
+    k: torch.Tensor,  # [T, Hkv, D]
+    v: torch.Tensor,  # [T, Hkv, D]
+    lse: torch.Tensor,  # [Hq, T]
+    delta: torch.Tensor,  # [Hq, T]
     segments: Segments,
     spec: Spec,
+    grad_q: torch.Tensor | None = None,  # [T, Hq, D]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of k and v; where `grad_q` is given, a float32 tensor, that of q over the scale is added to it."""
     grad_k, grad_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    tile = _tile("key", q)
+    tile = _tile("key" if grad_q is None else "all", q)
     heads, width = k.shape[1:]
-    work = key_work(
-        segments, tile.block, tile.step, q.shape[1] // heads, heads, spec.window, processors(q.device)
-    )
+    work = key_work(segments, tile.block, tile.step, q.shape[1] // heads, heads, spec.window, processors(q.device))
     sums = torch.empty(work.slots, heads, 2, tile.block, width, dtype=torch.float32, device=k.device)
     key_kernel[(len(work.items) * heads,)](
         *_strided(q, k, v, grad_o),
         grad_k,
         grad_v,
         *grad_k.stride()[:2],
+        *_strided(delta[..., None] if grad_q is None else grad_q),
         sums,
         lse,
         delta,
@@ -110,6 +150,7 @@ def _keys(
         *_numbers(spec),
         HEADS=heads,
         **_constants(q, k, spec, tile),
+        QUERIES=grad_q is not None,
     )
     if work.slots:
         rows = min(_SUM_ROWS, tile.block)

@@ -46,20 +46,29 @@ _NARROW: dict[str, dict[int, tuple[Tile, ...]]] = {
         256: (Tile(64, 64, 8, 2), Tile(64, 16, 4, 2), Tile(32, 16, 4, 1)),
     },
 }
+_NARROW["all"] = _NARROW["key"]
 # float32 is multiplied without tensor cores, or in three passes of them: operands take twice the room
 _WIDE: dict[int, tuple[Tile, ...]] = {
     64: (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
     128: (Tile(64, 32, 8, 2), Tile(32, 16, 4, 1)),
     256: (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
 }
-# Names that the tuning mode of the benchmark sets
-_chosen: dict[tuple[str, int], Tile] = {}
+# Whether one pass makes all gradients: five products instead of seven, and float32 sums of q's gradient in memory
+_FUSED: dict[int, bool] = {64: False, 128: False, 256: False}
+# What the tuning mode of the benchmark sets instead
+chosen: dict[tuple[str, int], Tile] = {}
+chosen_fused: dict[int, bool] = {}
+
+
+def fused(columns: int, dtype: torch.dtype) -> bool:
+    """Whether the backward, unless it must be deterministic, is one pass over keys that adds to q's gradient."""
+    return chosen_fused.get(columns, dtype.itemsize == 2 and _FUSED[max(columns, 64)])
 
 
 def tile_of(which: str, columns: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The tile of pass `which` (forward, query, key) for heads padded to `columns`."""
-    if (which, columns) in _chosen:
-        return _chosen[which, columns]
+    """The tile of pass `which` (forward, query, key, and all for keys that make all gradients) for heads padded to `columns`."""
+    if (which, columns) in chosen:
+        return chosen[which, columns]
     return _tile_of(which, columns, dtype.itemsize, shared_limit(device))
 
 

@@ -32,16 +32,17 @@ def attention_reference(
     Differentiable by autograd. In a low precision it is the yardstick that the kernels' error is measured with.
     """
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    return _attend(q, k, v, mask_of(segments, spec.window), spec).transpose(0, 1)
+    return attend(q, k, v, mask_of(segments, spec.window), spec).transpose(0, 1)
 
 
-def _attend(
+def attend(
     q: torch.Tensor,  # [Hq, N, D]
     k: torch.Tensor,  # [Hkv, M, D]
     v: torch.Tensor,  # [Hkv, M, D]
     mask: torch.Tensor,  # [N, M] bool
     spec: Spec,
 ) -> torch.Tensor:
+    """Attention [Hq, N, D] of queries to the keys that `mask` lets them see, by plain torch."""
     groups = q.shape[0] // k.shape[0]
     k, v = (x.repeat_interleave(groups, 0) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * spec.scale
@@ -101,7 +102,7 @@ def _one(
         mask &= at - other < window
     if spec.softcap is None:
         return _sdpa(q, k, v, spec, attn_mask=mask)
-    return _attend(q, k, v, mask, spec)
+    return attend(q, k, v, mask, spec)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec, **kwargs: object) -> torch.Tensor:
