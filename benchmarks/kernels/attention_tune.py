@@ -168,10 +168,14 @@ def tune(widths: list[int], seconds: float) -> None:
                 if word[0].isdigit() and time.monotonic() - start < seconds:
                     ranking.append((timed(which, width, job[2], segments, tensors), job[2], word))
                 else:
-                    print(f"D = {width:<4}{which:<8} {tuple(job[2])}: {word if not word[0].isdigit() else 'no time left'}")
+                    print(
+                        f"D = {width:<4}{which:<8} {tuple(job[2])}: {word if not word[0].isdigit() else 'no time left'}"
+                    )
             for ms, tile, word in sorted(ranking):
                 work = PRODUCTS[which] * tensors[0].shape[1] * width * segments.total * (segments.total + 1)
-                print(f"D = {width:<4}{which:<8} {tuple(tile)!s:<20} {ms:8.3f} ms {work / ms / 1e9:7.1f} TFLOP/s  {word}")
+                print(
+                    f"D = {width:<4}{which:<8} {tuple(tile)!s:<20} {ms:8.3f} ms {work / ms / 1e9:7.1f} TFLOP/s  {word}"
+                )
 
 
 def timed(which: str, width: int, tile: Tile, segments: Segments, tensors: tuple[torch.Tensor, ...]) -> float:

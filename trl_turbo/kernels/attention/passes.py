@@ -62,7 +62,9 @@ def backward(
     """Gradients of q, k and v: a pass over queries and one over keys, or one over keys that makes all (see `plan.fused`)."""
     grad_o, q, k, v = (_rows(x) for x in (grad_o, q, k, v))
     with on(q.device):
-        if fused(_columns(q.shape[2]), q.dtype) and not (spec.deterministic or torch.are_deterministic_algorithms_enabled()):
+        if fused(_columns(q.shape[2]), q.dtype) and not (
+            spec.deterministic or torch.are_deterministic_algorithms_enabled()
+        ):
             delta = deltas(o, grad_o)
             sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
             grad_k, grad_v = keys(grad_o, q, k, v, lse, delta, segments, spec, sums)

@@ -18,8 +18,8 @@ from trl_turbo.kernels.rows import on
 
 from .spec import Adapter
 
-#: Rows and columns of a program's tile, and its warps: 32 elements of each half a thread.
-ROWS, COLUMNS, WARPS = 32, 128, 4
+#: Rows and columns of a tile, tiles that a program goes down, and its warps: 16 elements of each half a thread.
+ROWS, COLUMNS, STEPS, WARPS = 16, 128, 8, 4
 #: Beyond this rank an adapter's part no longer fits beside the tile in registers.
 WIDEST = 128
 # What a matrix unit takes
@@ -27,28 +27,22 @@ _NARROWEST = 16
 
 
 @triton.jit
-def _adapted(
-    base, low_ptr, low_stride, b_ptr, scaling, row, has_row, column, has_column, RANK: tl.constexpr, R: tl.constexpr
-):
+def _columns_of_b(b_ptr, column, has_column, RANK: tl.constexpr, R: tl.constexpr):
+    """B.T [R, N] of an adapter at these columns; zeros where there is none."""
+    k = tl.arange(0, R)
+    at = column[None, :] * RANK + k[:, None]
+    return tl.load(b_ptr + at, mask=has_column[None, :] & (k < RANK)[:, None], other=0.0)
+
+
+@triton.jit
+def _adapted(base, low_ptr, low_stride, b, scaling, row, has_row, RANK: tl.constexpr, R: tl.constexpr):
     """base [M, N] plus scaling * low @ B.T, in float32."""
     if RANK == 0:
         return base
     k = tl.arange(0, R)
-    low_at = row[:, None] * low_stride + k[None, :]
-    low = tl.load(low_ptr + low_at, mask=has_row[:, None] & (k < RANK)[None, :], other=0.0)
-    b_at = column[None, :] * RANK + k[:, None]
-    b = tl.load(b_ptr + b_at, mask=has_column[None, :] & (k < RANK)[:, None], other=0.0)
-    return base + scaling * tl.dot(low, b.to(low.dtype), input_precision="ieee")
-
-
-@triton.jit
-def _tile(n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows [M] and columns [N] of this program, and which of them there are."""
-    across = tl.cdiv(n_columns, COLUMNS)
-    program = tl.program_id(0)
-    row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
-    return row, row < n_rows, column, column < n_columns
+    at = row[:, None] * low_stride + k[None, :]
+    low = tl.load(low_ptr + at, mask=has_row[:, None] & (k < RANK)[None, :], other=0.0)
+    return base + scaling * tl.dot(low, b, input_precision="ieee")
 
 
 @triton.jit
@@ -72,22 +66,27 @@ def forward_kernel(
     UP_R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """h = act(gate + its adapter) * (up + its adapter), which may be written over either."""
-    row, has_row, column, has_column = _tile(n_rows, n_columns, ROWS, COLUMNS)
-    at = row[:, None] * n_columns + column[None, :]
-    inside = has_row[:, None] & has_column[None, :]
-    raw = tl.load(gate_ptr + at, mask=inside, other=0.0)
-    gate = _adapted(
-        raw.to(tl.float32), gate_low_ptr, low_stride, gate_b_ptr, gate_scaling,
-        row, has_row, column, has_column, GATE_RANK, GATE_R,
-    )  # fmt: skip
-    up = _adapted(
-        tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32), up_low_ptr, low_stride, up_b_ptr, up_scaling,
-        row, has_row, column, has_column, UP_RANK, UP_R,
-    )  # fmt: skip
-    act, _ = activate(gate, ACTIVATION)
-    tl.store(h_ptr + at, (act * up).to(raw.dtype), mask=inside)
+    across = tl.cdiv(n_columns, COLUMNS)
+    first = (tl.program_id(0) // across).to(tl.int64) * (ROWS * STEPS)
+    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    has_column = column < n_columns
+    gate_b = _columns_of_b(gate_b_ptr, column, has_column, GATE_RANK, GATE_R)
+    up_b = _columns_of_b(up_b_ptr, column, has_column, UP_RANK, UP_R)
+    for step in tl.range(STEPS):
+        row = first + step * ROWS + tl.arange(0, ROWS)
+        has_row = row < n_rows
+        at = row[:, None] * n_columns + column[None, :]
+        inside = has_row[:, None] & has_column[None, :]
+        raw = tl.load(gate_ptr + at, mask=inside, other=0.0)
+        up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        gate = raw.to(tl.float32)
+        gate = _adapted(gate, gate_low_ptr, low_stride, gate_b, gate_scaling, row, has_row, GATE_RANK, GATE_R)
+        up = _adapted(up, up_low_ptr, low_stride, up_b, up_scaling, row, has_row, UP_RANK, UP_R)
+        act, _ = activate(gate, ACTIVATION)
+        tl.store(h_ptr + at, (act * up).to(raw.dtype), mask=inside)
 
 
 @triton.jit
@@ -114,25 +113,30 @@ def backward_kernel(
     UP_R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """h again, which may be written over its gradient, and the gradients of gate and up, which may be over those."""
-    row, has_row, column, has_column = _tile(n_rows, n_columns, ROWS, COLUMNS)
-    at = row[:, None] * n_columns + column[None, :]
-    inside = has_row[:, None] & has_column[None, :]
-    raw = tl.load(gate_ptr + at, mask=inside, other=0.0)
-    gate = _adapted(
-        raw.to(tl.float32), gate_low_ptr, low_stride, gate_b_ptr, gate_scaling,
-        row, has_row, column, has_column, GATE_RANK, GATE_R,
-    )  # fmt: skip
-    up = _adapted(
-        tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32), up_low_ptr, low_stride, up_b_ptr, up_scaling,
-        row, has_row, column, has_column, UP_RANK, UP_R,
-    )  # fmt: skip
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    act, slope = activate(gate, ACTIVATION)
-    tl.store(h_ptr + at, (act * up).to(raw.dtype), mask=inside)
-    tl.store(grad_gate_ptr + at, (grad * up * slope).to(raw.dtype), mask=inside)
-    tl.store(grad_up_ptr + at, (grad * act).to(raw.dtype), mask=inside)
+    across = tl.cdiv(n_columns, COLUMNS)
+    first = (tl.program_id(0) // across).to(tl.int64) * (ROWS * STEPS)
+    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    has_column = column < n_columns
+    gate_b = _columns_of_b(gate_b_ptr, column, has_column, GATE_RANK, GATE_R)
+    up_b = _columns_of_b(up_b_ptr, column, has_column, UP_RANK, UP_R)
+    for step in tl.range(STEPS):
+        row = first + step * ROWS + tl.arange(0, ROWS)
+        has_row = row < n_rows
+        at = row[:, None] * n_columns + column[None, :]
+        inside = has_row[:, None] & has_column[None, :]
+        raw = tl.load(gate_ptr + at, mask=inside, other=0.0)
+        up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        gate = raw.to(tl.float32)
+        gate = _adapted(gate, gate_low_ptr, low_stride, gate_b, gate_scaling, row, has_row, GATE_RANK, GATE_R)
+        up = _adapted(up, up_low_ptr, low_stride, up_b, up_scaling, row, has_row, UP_RANK, UP_R)
+        act, slope = activate(gate, ACTIVATION)
+        tl.store(h_ptr + at, (act * up).to(raw.dtype), mask=inside)
+        tl.store(grad_gate_ptr + at, (grad * up * slope).to(raw.dtype), mask=inside)
+        tl.store(grad_up_ptr + at, (grad * act).to(raw.dtype), mask=inside)
 
 
 def forward(
@@ -175,7 +179,7 @@ def _launch(
     # Where there is no adapter nothing is read
     b = [low if adapter is None else adapter.lora_B.detach().to(low.dtype).contiguous() for adapter in adapters]
     with on(low.device):
-        kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),)](
+        kernel[(triton.cdiv(rows, ROWS * STEPS) * triton.cdiv(columns, COLUMNS),)](
             *tensors,
             low,
             low[:, ranks[0] :] if ranks[1] else low,
@@ -192,5 +196,6 @@ def _launch(
             UP_R=padded[1],
             ROWS=ROWS,
             COLUMNS=COLUMNS,
+            STEPS=STEPS,
             num_warps=WARPS,
         )
