@@ -8,7 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_math import LOG2E, add_rows, capped_tanh, exp2, load_rows, store_rows
+from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
+
+from .kernel_math import add_rows, capped_tanh, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -111,9 +113,7 @@ def key_kernel(
                     if WINDOW:
                         seen &= distance < window
                     p = tl.where(seen, p, 0.0)
-                grad_o = load_rows(
-                    grad_o_member + here * grad_o_token, grad_o_token, 0, end - first, D, STEP, COLUMNS
-                )
+                grad_o = load_rows(grad_o_member + here * grad_o_token, grad_o_token, 0, end - first, D, STEP, COLUMNS)
                 grad_v = tl.dot(p.to(grad_o.dtype), grad_o, grad_v, input_precision=PRECISION)
                 grad_p = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION)
                 grad_s = p * (grad_p - delta[None, :])
@@ -123,9 +123,7 @@ def key_kernel(
                 grad_k = tl.dot(grad_s, q, grad_k, input_precision=PRECISION)
                 if QUERIES:
                     grad_q = tl.dot(tl.trans(grad_s), k, input_precision=PRECISION)
-                    add_rows(
-                        grad_q_member + here * grad_q_token, grad_q_token, grad_q, end - first, D, STEP, COLUMNS
-                    )
+                    add_rows(grad_q_member + here * grad_q_token, grad_q_token, grad_q, end - first, D, STEP, COLUMNS)
     grad_k *= scale
     if slot < 0:
         at = head * grad_head + row * grad_token

@@ -38,12 +38,12 @@ _NARROW: dict[str, dict[int, tuple[Tile, ...]]] = {
     "query": {
         64: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
         128: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
-        256: (Tile(64, 64, 8, 2), Tile(64, 16, 4, 2), Tile(32, 16, 4, 1)),
+        256: (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 4, 1)),
     },
     "key": {
         64: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
         128: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
-        256: (Tile(64, 64, 8, 2), Tile(64, 16, 4, 2), Tile(32, 16, 4, 1)),
+        256: (Tile(64, 32, 8, 2), Tile(32, 16, 4, 1)),
     },
 }
 _NARROW["all"] = _NARROW["key"]
@@ -66,7 +66,7 @@ def fused(columns: int, dtype: torch.dtype) -> bool:
 
 
 def tile_of(which: str, columns: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The tile of pass `which` (forward, query, key, and all for keys that make all gradients) for heads padded to `columns`."""
+    """The tile of a pass (forward, query, key, or all: keys, with all gradients) for heads padded to `columns`."""
     if (which, columns) in chosen:
         return chosen[which, columns]
     return _tile_of(which, columns, dtype.itemsize, shared_limit(device))
@@ -81,10 +81,13 @@ def _tile_of(which: str, columns: int, itemsize: int, limit: int) -> Tile:
 
 @functools.cache
 def shared_limit(device: torch.device) -> int:
-    """Shared memory that a program may have; little where there is only the interpreter, which is slow with large tiles."""
+    """Shared memory that a program may have; none where there is only the interpreter, with the smallest tiles."""
     if device.type != "cuda":
         return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    from triton.runtime import driver  # which refuses what takes more
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 @functools.cache
