@@ -26,7 +26,8 @@ def run(case, tensors, dtype=None, **kwargs):
 def test_as_plain_torch_over_the_whole_mask(case, dtype):
     tensors = case.tensors(dtype)
     before = [x.clone() for x in tensors]
-    check(run(case, tensors), case, tensors, slack=1.0)
+    # A gradient of keys is rounded for each sequence that sees them and each head of the group, and again where added
+    check(run(case, tensors), case, tensors, roundings=4)
     assert all(torch.equal(*pair) for pair in zip(before, tensors, strict=True))
 
 
