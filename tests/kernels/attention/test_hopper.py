@@ -1,4 +1,4 @@
-"""The kernels compiled for Hopper, which needs no GPU: products by wgmma, loads that run ahead, registers that suffice."""
+"""The kernels compiled for Hopper, which needs no GPU: products by wgmma, loads that run ahead, few registers spilled."""
 # ruff: noqa: E402
 
 from __future__ import annotations

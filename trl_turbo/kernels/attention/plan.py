@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-
 # lse and delta of a step, and what passes from warp to warp
 _STATISTICS = 2048
 
