@@ -6,8 +6,8 @@
 Checks first that the result and all gradients are no further from float64 than plain torch in the same dtype; a wrong
 kernel is not timed. Then the device's time of the forward, the backward and both: plain causal sequences against the
 flash and cuDNN backends of `scaled_dot_product_attention`; a batch of which 40 % is no padding against the same with
-padding; and eight completions of one prompt against eight rows. Writes OUT.json and OUT.png. `--tune` ranks tiles instead
-(see `attention_tune`). Without a CUDA device it runs tiny sizes.
+padding; and eight completions of one prompt against eight rows. Writes OUT.json and OUT.png. `--tune` ranks tiles
+instead (see `attention_tune`). Without a CUDA device it runs tiny sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import measure
@@ -167,8 +167,8 @@ def theirs(
     def run() -> torch.Tensor:
         if peer in backends and CUDA:
             with sdpa_kernel(backends[peer]):
-                return F.scaled_dot_product_attention(*leaves, **kwargs)
-        return F.scaled_dot_product_attention(*leaves, **kwargs)
+                return functional.scaled_dot_product_attention(*leaves, **kwargs)
+        return functional.scaled_dot_product_attention(*leaves, **kwargs)
 
     return run, leaves, rows[3]
 

@@ -1,8 +1,8 @@
 """Which tiles are fastest: `python -m benchmarks.kernels.attention --tune`.
 
-Each pass has a short list of tiles. Processes that compile them beside each other also check each one, on a small ragged
-batch with a shared prompt, against plain torch in float64; then each is timed, here, on a causal sequence. The winners are
-for `trl_turbo/kernels/attention/plan.py`.
+Each pass has a short list of tiles. Processes that compile them beside each other also check each one, on a small
+ragged batch with a shared prompt, against plain torch in float64; then each is timed, here, on a causal sequence. The
+winners are for `trl_turbo/kernels/attention/plan.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
             Tile(128, 32, 8, 3),
             Tile(64, 64, 4, 2),
             Tile(64, 32, 4, 2),
-            Tile(64, 128, 8, 2),
+            Tile(64, 32, 4, 3),
         ),
         64: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),
         256: (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 3), Tile(128, 32, 8, 2)),
@@ -72,10 +72,10 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "all": {
         128: (
             Tile(128, 64, 8, 2),
-            Tile(128, 64, 8, 1),
-            Tile(64, 64, 4, 2),
+            Tile(128, 64, 8, 3),
+            Tile(128, 32, 8, 2),
             Tile(64, 64, 8, 2),
-            Tile(64, 128, 8, 1),
+            Tile(64, 64, 4, 2),
         ),
         64: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
         256: (Tile(64, 64, 8, 1), Tile(64, 64, 8, 2)),

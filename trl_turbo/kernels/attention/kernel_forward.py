@@ -8,7 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_math import LOG2E, LOWEST, capped_tanh, exp2, key_steps, load_rows, query_tile, step_of, store_rows
+from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
+
+from .kernel_math import LOWEST, capped_tanh, key_steps, load_rows, query_tile, step_of, store_rows
 
 
 @triton.jit(do_not_specialize=["window"])

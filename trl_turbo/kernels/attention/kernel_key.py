@@ -8,7 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_math import LOG2E, add_rows, capped_tanh, exp2, load_rows, store_rows
+from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
+
+from .kernel_math import add_rows, capped_tanh, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["window"])

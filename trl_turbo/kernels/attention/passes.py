@@ -59,7 +59,7 @@ def backward(
     segments: Segments,
     spec: Spec,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v: a pass over queries and one over keys, or one over keys that makes all (see `plan.fused`)."""
+    """Gradients of q, k and v: by a pass over queries and one over keys, or by one that makes all (`plan.fused`)."""
     grad_o, q, k, v = (_rows(x) for x in (grad_o, q, k, v))
     with on(q.device):
         if fused(_columns(q.shape[2]), q.dtype) and not (
@@ -177,8 +177,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if fits else x.contiguous()
 
 
-def _strided(*tensors: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
-    return tuple(y for x in tensors for y in (x, *x.stride()[:2]))
+def _strided(*tensors: torch.Tensor) -> list[torch.Tensor | int]:
+    """Each tensor with its two strides."""
+    return [y for x in tensors for y in (x, x.stride(0), x.stride(1))]
 
 
 def _columns(width: int) -> int:
