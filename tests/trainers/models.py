@@ -50,6 +50,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @lru_cache
+
+#: Keywords of `patch()` that leave the log-prob alone on, for what must be stock's to the bit
+ALONE = dict.fromkeys(("shared_pass", "lora", "norms", "rope", "mlp"), False)
+
+
 def _root() -> Path:
     root = Path(tempfile.mkdtemp(prefix="trl_turbo_tests_"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)

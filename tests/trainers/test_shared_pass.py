@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-import trl_turbo
 from trl_turbo.patches.shared_pass import trainer as shared
 
 from .adapters import lora
@@ -14,11 +13,6 @@ from .parity import check
 from .runs import Case
 
 pytestmark = pytest.mark.trl
-
-
-@pytest.fixture(autouse=True)
-def _on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRL_TURBO_SHARED_PASS", "1")
 
 
 def passes(path: Any) -> tuple[int, int]:
@@ -61,13 +55,15 @@ APART: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("option", APART)
 def test_scored_apart_and_said_so(option: str) -> None:
     options, reason = APART[option]
-    path = check(Case("RLOO", {"beta": 0.0, **options}), notes=(reason,))
+    path = check(Case("RLOO", {"beta": 0.0, **options}))
+    assert [reason in text for text in path.others] == [True]
     assert passes(path)[1] > 0
 
 
 def test_dropout_is_drawn_as_in_stock() -> None:
     """Two passes draw two masks: what has been scored in one is thrown away, and later rollouts are scored apart."""
-    path = check(Case("RLOO", {**ONE_STEP, "beta": 0.0}, peft=lora(lora_dropout=0.5)), notes=("draws random numbers",))
+    path = check(Case("RLOO", {**ONE_STEP, "beta": 0.0}, peft=lora(lora_dropout=0.5)))
+    assert ["draws random numbers" in text for text in path.others] == [True]
     with_gradient, without = passes(path)
     assert without == with_gradient - 2
 
@@ -82,9 +78,7 @@ def test_weights_that_changed_in_between_are_scored_anew(monkeypatch: pytest.Mon
     assert with_gradient % 2 == 0
 
 
-def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRL_TURBO_SHARED_PASS")
-    rows = [row for row in trl_turbo.patch(verbose=False) if row.feature == "shared_pass"]
-    trl_turbo.unpatch()
-    assert rows
-    assert all(row.status == "off" for row in rows)
+def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_TURBO_SHARED_PASS", "0")
+    with_gradient, without = passes(check(Case("RLOO", {**ONE_STEP, "beta": 0.0})))
+    assert without == with_gradient

@@ -58,8 +58,8 @@ class SharedWorker(Executes, Worker):
     def sleep(self, level: int = 1) -> None:  # noqa: ARG002 (whatever the level, the cache alone is given up)
         """Give the KV cache's memory back to the driver.
 
-        vLLM's own way also collects all garbage and empties torch's cache, which the training step then fills anew: both
-        would be waited for after each rollout.
+        vLLM's own way also collects all garbage and empties torch's cache, which the training step then fills anew:
+        both would be waited for after each rollout.
         """
         torch.cuda.synchronize()
         for data in CuMemAllocator.get_instance().pointer_to_data.values():
