@@ -48,6 +48,13 @@ def add_rows(ptr, token, x, end, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
+def store_stats(ptr, lse, delta, mask):
+    """lse and delta side by side."""
+    tl.store(ptr, lse, mask=mask)
+    tl.store(ptr + 1, delta, mask=mask)
+
+
+@triton.jit
 def capped_tanh(x, slope):
     """tanh(x * slope), by way of 2^x."""
     return 1.0 - 2.0 / (exp2(x * (slope * 2 * LOG2E)) + 1.0)
