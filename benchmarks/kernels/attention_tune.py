@@ -103,8 +103,8 @@ def run_of(
     if which == "query":
         return lambda: passes.queries(grad, q, k, v, o, lse, segments, spec)
     if which == "key":
-        delta = passes.deltas(o, grad)
-        return lambda: passes.keys(grad, q, k, v, lse, delta, segments, spec)
+        stats = passes.statistics(o, grad, lse)
+        return lambda: passes.keys(grad, q, k, v, stats, segments, spec)
     return lambda: passes.backward(grad, q, k, v, o, lse, segments, spec)
 
 

@@ -146,7 +146,7 @@ def test_deterministic_takes_two_passes(monkeypatch):
     segments = case.segments(DEVICE)
     o, lse = passes.forward(q, k, v, segments, case.spec)
     plan.chosen_fused[16] = True
-    monkeypatch.setattr(passes, "deltas", mock.MagicMock(side_effect=AssertionError("one pass")))
+    monkeypatch.setattr(passes, "statistics", mock.MagicMock(side_effect=AssertionError("one pass")))
     passes.backward(grad, q, k, v, o, lse, segments, case.spec._replace(deterministic=True))
     torch.use_deterministic_algorithms(True)
     try:
