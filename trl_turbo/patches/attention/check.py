@@ -149,13 +149,13 @@ def _examine(model: Any, original: Callable[..., Any], patch: str, packed: bool)
     padded = _rows(find_rows(ids, mask, targets, column, share=False, reach=False))
     stock = str(model.config._attn_implementation)
     with torch.no_grad(), _evaluating(model):
-        probe = Probe(stock, Layout(padded.segments, padded.index, softcap=stock != "sdpa"))
+        probe = Probe(stock, Layout(padded.segments, None, padded.index, stock != "sdpa"))
         with probing(model, probe), _saying_what_they_drop(model):
             plain = run(ids, attention_mask=mask)
         alone = run(ids[2:], attention_mask=mask[2:])
         elsewhere = run(other, attention_mask=mask)
         hook_kinds(patch, (type(layer) for layer in attention_layers(model)))
-        layout = Layout(padded.segments, padded.index, softcap=stock != "sdpa")
+        layout = Layout(padded.segments, None, padded.index, stock != "sdpa")
         keywords = {KEYWORD: layout, "attention_mask": no_mask(device)}
         index = padded.index
         if packed:

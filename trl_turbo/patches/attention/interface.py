@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trl_turbo.kernels.attention import Segments, attention
-from trl_turbo.patches.attention.layout import KEYWORD, NAME, Layout
+from trl_turbo.patches.attention.layout import KEYWORD, NAME, Layout, Onlookers
 
 # What transformers hands to an attention beside the tensors, and what needs no answer
 _IDLE = frozenset({"position_ids", "cache_position", "position_embeddings"})
@@ -83,17 +83,42 @@ def over_layout(
     rows = [x.transpose(1, 2).reshape(batch * length, -1, width) for x in (query, key, value)]
     if layout.index is not None:
         rows = [x.index_select(0, layout.index) for x in rows]
+    tokens = layout.segments.total
     found = attention(
-        *rows,
+        *(rows if layout.onlookers is None else [x[:tokens] for x in rows]),
         layout.segments,
         scale=scale,
         window=window,
         softcap=softcap,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
+    if layout.onlookers is not None:
+        found = torch.cat((found, _look_on(*rows, layout.onlookers, tokens, scale, softcap)))
     if layout.index is not None:
         found = found.new_zeros(batch * length, heads, width).index_copy(0, layout.index, found)
     return found.view(batch, length, heads, width)
+
+
+def _look_on(
+    query: torch.Tensor,  # [T + P, Hq, D]
+    key: torch.Tensor,  # [T + P, Hkv, D]
+    value: torch.Tensor,  # [T + P, Hkv, D]
+    onlookers: Onlookers,
+    tokens: int,
+    scale: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """What the onlookers see, `[P, Hq, D]`: a padded batch of them, by sdpa."""
+    mine = query[tokens:][onlookers.queries].transpose(1, 2)  # [B, Hq, M, D]
+    keys, values = (x[onlookers.keys].transpose(1, 2) for x in (key, value))  # [B, Hkv, L, D]
+    mask = onlookers.seen[:, None, None]
+    if softcap is None:
+        keys, values = (x.repeat_interleave(mine.shape[1] // x.shape[1], 1) for x in (keys, values))
+        found = nn.functional.scaled_dot_product_attention(mine, keys, values, attn_mask=mask, scale=scale)
+        found = found.transpose(1, 2)
+    else:
+        found = _capped(mine, keys, values, mask, scale, softcap)
+    return found.flatten(0, 1).index_select(0, onlookers.back)
 
 
 def refuse(
@@ -144,7 +169,7 @@ def _without_layout(
             "load the model with attn_implementation='eager'."
         )
     if softcap is not None:
-        return _capped(module, query, key, value, mask, dropout, scaling, softcap)
+        return _capped(query, key, value, mask, scaling, softcap, dropout if module.training else 0.0)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
@@ -161,14 +186,13 @@ def _plain(module: nn.Module, query: torch.Tensor, value: torch.Tensor, kwargs: 
 
 
 def _capped(
-    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    dropout: float,
     scaling: float | None,
     softcap: float,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attention with a softcap where there is no layout: a step of decoding, or a padded batch. All in memory."""
     groups = query.shape[1] // key.shape[1]
@@ -181,7 +205,7 @@ def _capped(
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~causal, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
+    weights = nn.functional.dropout(weights, dropout)
     return (weights @ value).transpose(1, 2).contiguous()
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from trl_turbo.patches.attention.layout import KEYWORD, Layout
-from trl_turbo.patching import Replacement, extend
+from trl_turbo.patching import Replacement, extend, replacement_of
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
@@ -18,9 +17,21 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 def attention_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The modules whose own code asks the interface which attention to call."""
     for module in model.modules():
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        if code is not None and INTERFACE in code.co_names and hasattr(vars(module).get("config"), "__dict__"):
+        if hasattr(vars(module).get("config"), "__dict__") and _asks_interface(type(module).forward):
             yield module
+
+
+def _asks_interface(function: Any) -> bool:
+    """Whether a forward, or what it wraps, names transformers' table of attentions."""
+    for _ in range(16):  # a chain is a few wrappers long
+        function = replacement_of(function) or function
+        code = getattr(function, "__code__", None)
+        if code is not None and INTERFACE in code.co_names:
+            return True
+        function = getattr(function, "__wrapped__", None)
+        if function is None:
+            return False
+    return False
 
 
 def hook_kinds(patch: str, kinds: Iterable[type]) -> None:

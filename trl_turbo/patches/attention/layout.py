@@ -17,19 +17,38 @@ KEYWORD = "trl_turbo_layout"
 NAME = "trl_turbo"
 
 
+@dataclass(frozen=True, eq=False)
+class Onlookers:
+    """P tokens of padding whose outputs a trainer reads: each sees all tokens of its row, and nothing sees them.
+
+    Attributes:
+        queries: int64 [B, M], which of the P each row has, filled up with any.
+        back: int64 [P], where in [B * M] each of them is.
+        keys: int64 [B, L], where in the packed row the tokens of each row are.
+        seen: bool [B, L], where `keys` has one.
+    """
+
+    queries: torch.Tensor
+    back: torch.Tensor
+    keys: torch.Tensor
+    seen: torch.Tensor
+
+
 @dataclass(eq=False)
 class Layout:
     """The sequences of one forward pass.
 
     Attributes:
-        segments: The sequences, one after another.
-        index: int64 [T], where in the padded batch, as [B * L], each token of the packed row is; `None` where the model
-            runs on the packed row itself.
+        segments: The sequences, one after another, T tokens.
+        onlookers: What stands behind them, P tokens, or `None`.
+        index: int64 [T + P], where in the padded batch, as [B * L], each token of the packed row is; `None` where the
+            model runs on the packed row itself.
         softcap: Whether the scores' softcap is applied. sdpa, whose place this may take, leaves it out.
         calls: How many attention layers have used it.
     """
 
     segments: Segments
+    onlookers: Onlookers | None = None
     index: torch.Tensor | None = None
     softcap: bool = True
     calls: int = 0

@@ -119,15 +119,17 @@ def _arrange(
     rows = find_rows(ids, mask, targets.to(ids.device), at, share=share, reach=packed)
     if isinstance(rows, str):
         return rows
-    if rows.holes and verdict.windowed:
+    if verdict.windowed and rows.holes:
         return "padding lies between the tokens of a row, and the sliding window counts it"
+    if verdict.windowed and rows.onlookers is not None:
+        return "the trainer reads what the model says at padding, which its sliding window leaves behind"
     if verdict.ignored is not None:
         note(
             feature,
             f"{type(model).__name__}: attn_implementation='sdpa' leaves out the model's softcap of {verdict.ignored:g}, "
             "and so does ours in its place; 'eager' or 'trl_turbo' applies it",
         )
-    layout = Layout(rows.segments, None if packed else rows.index, verdict.softcap)
+    layout = Layout(rows.segments, rows.onlookers, None if packed else rows.index, verdict.softcap)
     given |= {KEYWORD: layout, "attention_mask": no_mask(ids.device), "use_cache": False}
     if packed:
         given |= {"input_ids": rows.pack(ids), "position_ids": rows.pack(at)}

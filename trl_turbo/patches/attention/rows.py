@@ -1,6 +1,7 @@
 """The tokens of a padded batch that a scoring pass needs, as the sequences of a packed row.
 
 What no asked token depends on is left out: padding, what follows the last asked token, rows of which nothing is asked.
+Padding of which something is asked stays, behind all sequences, as onlookers: that is how some trainers' metrics are.
 Where several rows begin with the same tokens in the same columns, up to where something is asked of them, these are
 there once, and the rows follow them. Only causal attention may use this: it lets no token see a later one.
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_turbo.kernels.attention import Segments
+from trl_turbo.patches.attention.layout import Onlookers
 from trl_turbo.patches.logprob.request import IGNORED
 
 # Odd multipliers of a hash by columns; what it finds equal is compared, so a collision costs a prompt, not an error
@@ -28,22 +30,24 @@ class Rows:
 
     Attributes:
         segments: The sequences, prompts that are shared among them.
-        index: int64 [T], where in the padded batch, as [B * L], each token of the packed row is.
+        index: int64 [T + P], where in the padded batch, as [B * L], each token of the packed row is, onlookers last.
         shape: (B, L).
         holes: Whether padding lies between tokens of one row, so that columns count it and sequences do not.
+        onlookers: The P tokens of padding of which something is asked, `None` where there are none.
     """
 
     segments: Segments
     index: torch.Tensor
     shape: tuple[int, int]
     holes: bool
+    onlookers: Onlookers | None
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` [B, L] of the padded batch as a packed row [1, T]."""
+        """`values` [B, L] of the padded batch as a packed row [1, T + P]."""
         return values.reshape(-1).index_select(0, self.index).unsqueeze(0)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Values [1, T] of the packed row back in [B, L], zero where there is no token."""
+        """Values [1, T + P] of the packed row back in [B, L], zero where there is no token."""
         batch, length = self.shape
         return values.new_zeros(batch * length).index_copy(0, self.index, values[0]).view(batch, length)
 
@@ -78,34 +82,59 @@ def find_rows(
     last = torch.where(asked, column, -1).amax(1, keepdim=True)
     leading = valid & (column < first) & (last >= 0)
     own = valid & (column >= first) & (column <= last)
+    kept, outside = leading | own, asked & ~valid
 
-    n_leading, n_own = leading.sum(1), own.sum(1)
-    kept = leading | own
-    span = torch.where(kept, column, -1).amax(1) - torch.where(kept, column, length).amin(1) + 1
-    holes = (span > n_leading + n_own).any()
-    unseen = (asked & ~valid).any()
-    left_out = torch.where(kept, -1, position_ids)
-    short = left_out.amax() > torch.where(kept, position_ids, -1).amax()
+    n_leading, n_own, n_outside = leading.sum(1), own.sum(1), outside.sum(1)
+    start, end = torch.where(kept, column, length).amin(1), torch.where(kept, column, -1).amax(1)
+    holes = (end - start + 1 > n_leading + n_own).any()
+    # An onlooker sees all of its row, so it must stand behind it, and something asked of the row itself before it
+    astray = (outside & ((column < end[:, None]) | (n_own == 0)[:, None])).any()
+    left_out = torch.where(kept | outside, -1, position_ids)
+    short = left_out.amax() > torch.where(kept | outside, position_ids, -1).amax()
     leader = _leaders(leading, input_ids, position_ids) if share else torch.arange(batch, device=column.device)
-    flags = torch.stack((unseen, holes, short)).long()
-    numbers = torch.cat((flags, leader, n_leading, n_own)).tolist()
+    flags = torch.stack((holes, astray, short)).long()
+    numbers = torch.cat((flags, leader, n_leading, n_own, n_outside)).tolist()
 
-    if numbers[0]:
-        return "the trainer reads what the model says at padding"
+    if numbers[1]:
+        return "the trainer reads what the model says at padding before or between tokens"
     lengths, prefix, starts = _lay_out(*(numbers[3 + i * batch :][:batch] for i in range(3)))
-    total = sum(lengths)
-    if total == 0:
+    tokens = sum(lengths)
+    if tokens == 0:
         return "nothing is asked of the batch"
-    lead_start, own_start = torch.tensor(starts, device=column.device).unsqueeze(-1)
     flat = torch.arange(batch * length, device=column.device).view(batch, length)
+    lead_start, own_start = torch.tensor(starts, device=column.device).unsqueeze(-1)
+    places = torch.where(own, own_start + own.cumsum(1) - 1, lead_start + leading.cumsum(1) - 1)
     # What is left out goes behind the end, each to a place of its own, so that no write meets another
-    place = torch.where(own, own_start + own.cumsum(1) - 1, total + flat)
-    place = torch.where(leading & (lead_start >= 0), lead_start + leading.cumsum(1) - 1, place)
-    index = flat.new_empty(total + batch * length).scatter(0, place.view(-1), flat.view(-1))[:total]
+    there = own | (leading & (leader == torch.arange(batch, device=column.device))[:, None])
+    index = _inverse(torch.where(there, places, tokens + flat), flat, tokens)
     if reach and numbers[2]:
         lengths, prefix = [*lengths, 1], [*prefix, -1]
         index = torch.cat((index, left_out.argmax().view(1)))
-    return Rows(Segments.build(lengths, prefix, column.device), index, (batch, length), bool(numbers[1]))
+    onlookers = None
+    if any(numbers[3 + 3 * batch :]):
+        onlookers, more = _onlookers(outside, numbers[3 + 3 * batch :], places, kept, flat)
+        index = torch.cat((index, more))
+    segments = Segments.build(lengths, prefix, column.device)
+    return Rows(segments, index, (batch, length), bool(numbers[0]), onlookers)
+
+
+def _inverse(places: torch.Tensor, flat: torch.Tensor, count: int) -> torch.Tensor:
+    """Which of `flat` is at each of the first `count` places; `places` are below count + flat.numel()."""
+    return flat.new_empty(count + flat.numel()).scatter(0, places.view(-1), flat.view(-1))[:count]
+
+
+def _onlookers(
+    outside: torch.Tensor, counts: list[int], places: torch.Tensor, seen: torch.Tensor, flat: torch.Tensor
+) -> tuple[Onlookers, torch.Tensor]:
+    """The onlookers, and where in the batch they are, int64 [P]."""
+    total, most = sum(counts), max(counts)
+    number = (outside.view(-1).cumsum(0) - 1).view(outside.shape)  # in the order of the batch
+    index = _inverse(torch.where(outside, number, total + flat), flat, total)
+    rank = outside.cumsum(1) - 1
+    queries = flat.new_zeros(len(flat), most + 1).scatter(1, torch.where(outside, rank, most), number.clamp(min=0))
+    row = torch.arange(len(flat), device=flat.device)[:, None]
+    back = (row * most + rank).view(-1).index_select(0, index)
+    return Onlookers(queries[:, :most], back, torch.where(seen, places, 0), seen), index
 
 
 def _leaders(leading: torch.Tensor, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -125,10 +154,10 @@ def _leaders(leading: torch.Tensor, ids: torch.Tensor, position_ids: torch.Tenso
 def _lay_out(
     leader: list[int], n_leading: list[int], n_own: list[int]
 ) -> tuple[list[int], list[int], tuple[list[int], list[int]]]:
-    """Lengths and prefixes of the segments, and where each row's leading and own tokens start (-1: not there)."""
+    """Lengths and prefixes of the segments, and where each row's leading and own tokens start, shared or not."""
     lengths: list[int] = []
     prefix: list[int] = []
-    lead_start, own_start = [-1] * len(leader), [-1] * len(leader)
+    lead_start, own_start = [0] * len(leader), [0] * len(leader)
     end = 0
     by_leader = sorted((row for row in range(len(leader)) if n_own[row]), key=leader.__getitem__)
     for first, members in itertools.groupby(by_leader, key=leader.__getitem__):
@@ -138,11 +167,12 @@ def _lay_out(
             before = len(lengths)
             lengths.append(n_leading[first])
             prefix.append(-1)
-            lead_start[group[0]] = end
+            for row in group:
+                lead_start[row] = end
             end += n_leading[first]
         for row in group:
             alone = n_leading[row] if before < 0 else 0
-            if alone:
+            if before < 0:
                 lead_start[row] = end
             own_start[row] = end + alone
             lengths.append(alone + n_own[row])
