@@ -57,9 +57,9 @@ def patch(
             is proven on the CPU and not yet measured on a GPU, like ``rope`` and ``mlp``.
         rope: The rotary embedding of any model whose ``apply_rotary_pos_emb`` computes what our op does.
         mlp: Gated MLPs of any model, between their own linears, where they compute what our op does.
-        attention: Our attention, which ``attn_implementation="trl_turbo"`` selects, in place of eager and sdpa in scoring
-            passes, of models whose attention computes what ours does. Off unless asked for, like ``packing``: both are
-            proven on the CPU and not yet measured on a GPU.
+        attention: Our attention, which ``attn_implementation="trl_turbo"`` selects, in place of eager and sdpa in the
+            scoring passes of models whose attention computes what ours does. Off unless asked for, like ``packing``:
+            both are proven on the CPU and not yet measured on a GPU.
         packing: Scoring passes on one packed row: without padding, and with each prompt that several answers share
             once.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over

@@ -45,7 +45,7 @@ class Verdict:
         kinds: The classes of its attention layers.
         layers: How many of them one forward calls.
         windowed: Whether any of them has a sliding window.
-        softcap: Whether a softcap of the scores is applied: sdpa leaves out the one it is handed, and so does ours then.
+        softcap: Whether a softcap of the scores is applied: sdpa leaves it out, and so does ours in its place.
         ignored: The softcap that sdpa leaves out, or `None`.
         attention_dropout: The most that a layer drops out of its attention weights in training.
         dropouts: The modules that drop out activations where they are in training.
@@ -67,9 +67,7 @@ class Verdict:
 _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[Verdict | None, str]]] = WeakKeyDictionary()
 
 
-def verdict_of(
-    model: nn.Module, original: Callable[..., Any], patch: str, packed: bool
-) -> tuple[Verdict | None, str]:
+def verdict_of(model: nn.Module, original: Callable[..., Any], patch: str, packed: bool) -> tuple[Verdict | None, str]:
     """What is known about a model, found out where it is asked for the first time in this state.
 
     Args:
@@ -100,6 +98,12 @@ def verdict_of(
     return verdict, reason
 
 
+def packing_verdict(model: nn.Module) -> Verdict | None:
+    """What was found out about a model that has run packed, or `None` before that and where it does not."""
+    known = _KNOWN.get(model, {})
+    return next((verdict for (packed, *_), (verdict, _) in known.items() if packed), None)
+
+
 def _unfit(model: Any) -> str | None:
     """Why a model must be left alone for what it is, or `None`."""
     if getattr(model, "_is_replica", False):
@@ -115,7 +119,8 @@ def _unfit(model: Any) -> str | None:
     if not layers:
         return "none of its layers calls transformers' attention interface"
     for layer in layers:
-        name = layer.config._attn_implementation
+        config: Any = layer.config
+        name = config._attn_implementation
         if name not in ("eager", "sdpa", NAME):
             return f"attn_implementation={name!r} is the script's choice"
         if "forward" in vars(layer):

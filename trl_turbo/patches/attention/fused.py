@@ -69,7 +69,9 @@ def _in_front_first(feature: str, original: Callable[..., Any]) -> Callable[...,
 
 
 def _fronted(model: Any, original: Callable[..., Any]) -> Any:
-    inner = original.__func__ if isinstance(original, MethodType) else lambda _, *args, **kwargs: original(*args, **kwargs)
+    inner = (
+        original.__func__ if isinstance(original, MethodType) else lambda _, *args, **kwargs: original(*args, **kwargs)
+    )
 
     @functools.wraps(inner)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -80,20 +80,16 @@ def over_layout(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    rows = [x.transpose(1, 2).reshape(batch * length, -1, width) for x in (query, key, value)]
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, width) for x in (query, key, value))
     if layout.index is not None:
-        rows = [x.index_select(0, layout.index) for x in rows]
-    tokens = layout.segments.total
-    found = attention(
-        *(rows if layout.onlookers is None else [x[:tokens] for x in rows]),
-        layout.segments,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    if layout.onlookers is not None:
-        found = torch.cat((found, _look_on(*rows, layout.onlookers, tokens, scale, softcap)))
+        q, k, v = (x.index_select(0, layout.index) for x in (q, k, v))
+    tokens, deterministic = layout.segments.total, torch.are_deterministic_algorithms_enabled()
+    form: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "deterministic": deterministic}
+    if layout.onlookers is None:
+        found = attention(q, k, v, layout.segments, **form)
+    else:
+        found = attention(q[:tokens], k[:tokens], v[:tokens], layout.segments, **form)
+        found = torch.cat((found, _look_on(q, k, v, layout.onlookers, tokens, scale, softcap)))
     if layout.index is not None:
         found = found.new_zeros(batch * length, heads, width).index_copy(0, layout.index, found)
     return found.view(batch, length, heads, width)

@@ -126,8 +126,8 @@ def _arrange(
     if verdict.ignored is not None:
         note(
             feature,
-            f"{type(model).__name__}: attn_implementation='sdpa' leaves out the model's softcap of {verdict.ignored:g}, "
-            "and so does ours in its place; 'eager' or 'trl_turbo' applies it",
+            f"{type(model).__name__}: attn_implementation='sdpa' leaves out its softcap of {verdict.ignored:g}, and so "
+            "does ours in its place; 'eager' or 'trl_turbo' applies it",
         )
     layout = Layout(rows.segments, rows.onlookers, None if packed else rows.index, verdict.softcap)
     given |= {KEYWORD: layout, "attention_mask": no_mask(ids.device), "use_cache": False}

@@ -17,7 +17,24 @@ if TYPE_CHECKING:
 def turbo_patches(env: Env) -> list[Patch]:
     """The patches of this seam."""
     passes = "scoring passes run on one packed row: no padding, and each prompt that answers share once"
+    chunks = "{} scores old and reference log-probs in chunks of as many tokens as TRL's, not of as many rows"
     return [
-        late_patch(attention.__name__, "packing", attention.TRL, "passes", attention.FORWARD, "entry", passes, "packing"),
+        *(
+            late_patch(
+                __name__,
+                "packing",
+                attention.TRL,
+                f"{name}_chunks",
+                f"trl.trainer.{name}_trainer",
+                "chunks",
+                chunks.format(name.upper()),
+                trainer,
+            )
+            for name, trainer in attention.TRAINERS
+            if name != "dpo"
+        ),
+        late_patch(
+            attention.__name__, "packing", attention.TRL, "passes", attention.FORWARD, "entry", passes, "packing"
+        ),
         *attention.fused_patches(attention.__name__, "packing", env),
     ]
