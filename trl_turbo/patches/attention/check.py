@@ -5,8 +5,8 @@ Three questions, all answered by numbers of the model at hand, in the dtype at h
 - *Each attention.* On the model's own queries, keys and values ours is as close to the float64 answer as stock is,
   under the window that the stock mask itself leaves (`probe`).
 - *The whole forward.* With a layout every token's hidden state is that of the stock forward of the padded batch. It may
-  differ by what rounding does: four times what the same row differs by when it is run alone, and 4 units in the last
-  place (2^-12 in float32).
+  differ by what rounding does: four times what it moves by where every embedding moves by one unit in the last place,
+  and 4 units in the last place itself (2^-12 in float32).
 - *Nothing else between tokens.* That difference is under an eighth of what another prompt changes, so that what would
   pass from one sequence to the next (the state of a recurrent layer, a convolution) cannot hide behind rounding.
 """
@@ -157,7 +157,10 @@ def _examine(model: Any, original: Callable[..., Any], patch: str, packed: bool)
         probe = Probe(stock, Layout(padded.segments, None, padded.index, stock != "sdpa"))
         with probing(model, probe), _saying_what_they_drop(model):
             plain = run(ids, attention_mask=mask)
-        alone = run(ids[2:], attention_mask=mask[2:])
+        # Under autocast hidden states may be in float32, and what they are made of is not
+        eps = max(torch.finfo(dtype).eps for dtype in (plain.dtype, *probe.dtypes))
+        with _nudged(model.get_input_embeddings(), eps):
+            nudged = run(ids, attention_mask=mask)
         elsewhere = run(other, attention_mask=mask)
         hook_kinds(patch, (type(layer) for layer in attention_layers(model)))
         layout = Layout(padded.segments, None, padded.index, stock != "sdpa")
@@ -172,15 +175,15 @@ def _examine(model: Any, original: Callable[..., Any], patch: str, packed: bool)
     if not probe.layers or layout.calls != len(probe.layers):
         return None, f"a layout reached {layout.calls} of its {len(probe.layers)} attention layers"
 
-    true, moved = plain.flatten(0, 1)[index], elsewhere.flatten(0, 1)[padded.index]
-    eps = torch.finfo(found.dtype).eps
-    noise = _apart(alone[0], plain[2])[mask[2] != 0].amax()
-    error, effect = _apart(found, true).amax(), _apart(moved, plain.flatten(0, 1)[padded.index]).median()
+    true = plain.flatten(0, 1)
+    noise = _apart(nudged.flatten(0, 1)[padded.index], true[padded.index]).amax()
+    effect = _apart(elsewhere.flatten(0, 1)[padded.index], true[padded.index]).median()
+    error = _apart(found, true[index]).amax()
     if not (error <= 4 * noise + max(4 * eps, 2**-12) and error <= effect / 8):
         what = "on one packed row" if packed else "with our attention"
         return None, (
             f"{what} its hidden states are off by {error:.1e} where rounding makes {noise:.1e} and another prompt "
-            f"{effect:.1e}: something beside its attention passes between tokens"
+            f"{effect:.1e}: something else than its attention may pass between tokens"
         )
     return Verdict(
         kinds=tuple(dict.fromkeys(type(layer) for layer, _ in probe.layers)),
@@ -193,10 +196,25 @@ def _examine(model: Any, original: Callable[..., Any], patch: str, packed: bool)
     ), ""
 
 
-def _rows(found: Rows | str) -> Rows:
-    if isinstance(found, str):
-        raise RuntimeError(f"{found} (of a check)")
+def _rows(found: Rows | str | None) -> Rows:
+    if not isinstance(found, Rows):
+        raise RuntimeError(f"the check's own batch has no rows: {found}")
     return found
+
+
+@contextmanager
+def _nudged(embeddings: nn.Module, eps: float) -> Iterator[None]:
+    """Every embedding is moved by +-`eps` of itself."""
+
+    def nudge(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        signs = torch.randint(0, 2, output.shape, generator=generator()) * 2 - 1
+        return output * (1 + eps * signs.to(output))
+
+    handle = embeddings.register_forward_hook(nudge)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -89,13 +89,16 @@ def _arrange(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     targets: torch.Tensor,
-) -> Arranged | str:
+) -> Arranged | str | None:
     given = dict(kwargs)
     if args:
         given["input_ids"] = args[0]
     ids, mask, positions = (given.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids"))
     if len(args) > 1 or not isinstance(ids, torch.Tensor) or ids.dim() != 2 or targets.shape != ids.shape:
         return "it is called with something else than ids [B, L], as prompt-learning adapters do"
+    config: Any = model.config
+    if given.pop("output_router_logits", False) or getattr(config.get_text_config(), "output_router_logits", False):
+        return "the load-balancing loss of its experts counts every token of the batch"
     for name, value in given.items():
         if value is not None and value is not False and name not in _IDLE:
             return f"it is called with `{name}`"
@@ -103,10 +106,6 @@ def _arrange(
         return "it is called with a mask of its own"
     if positions is not None and positions.dim() != 2:
         return "its positions have more than one coordinate"
-    config: Any = model.config
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        return "the load-balancing loss of its experts counts every token of the batch"
-
     packed = feature == "packing"
     verdict, reason = verdict_of(model, original, f"{feature}.passes", packed)
     if verdict is None:
@@ -117,7 +116,7 @@ def _arrange(
     at = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
     at, share = at.expand_as(ids), packed and _shares(model, verdict)
     rows = find_rows(ids, mask, targets.to(ids.device), at, share=share, reach=packed)
-    if isinstance(rows, str):
+    if rows is None or isinstance(rows, str):
         return rows
     if verdict.windowed and rows.holes:
         return "padding lies between the tokens of a row, and the sliding window counts it"

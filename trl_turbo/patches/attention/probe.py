@@ -30,6 +30,7 @@ class Probe:
         layout: The sequences of the padded batch that it runs on.
         layers: The attention modules that were called, in order, and the window of each.
         softcap: The softcap that attention was handed last, or `None`.
+        dtypes: In which dtypes attention answered.
         dropout: The most that any of them drops out of its weights in training.
     """
 
@@ -37,6 +38,7 @@ class Probe:
     layout: Layout
     softcap: float | None = None
     dropout: float = 0.0
+    dtypes: set[torch.dtype] = field(default_factory=set)
     layers: list[tuple[nn.Module, int | None]] = field(default_factory=list)
     _masks: list[tuple[torch.Tensor, int | None]] = field(default_factory=list)
 
@@ -77,6 +79,7 @@ class Probe:
             exact = mask.double() if mask.is_floating_point() else mask
             truth = stock(module, query.double(), key.double(), value.double(), exact, **kwargs)[0]
         _agree(ours, answer[0], truth, self.layout.index)
+        self.dtypes.add(answer[0].dtype)
         self.layers.append((module, window))
         return answer
 

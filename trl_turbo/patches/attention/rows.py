@@ -60,7 +60,7 @@ def find_rows(
     *,
     share: bool,
     reach: bool,
-) -> Rows | str:
+) -> Rows | str | None:
     """Lay out a padded batch as a packed row; one wait for the device.
 
     Args:
@@ -72,7 +72,7 @@ def find_rows(
         reach: Whether the longest position must be there, as that of a token of its own if need be.
 
     Returns:
-        The rows, or why there are none.
+        The rows; why there are none; or `None` where nothing is asked, as where every answer is masked.
     """
     batch, length = input_ids.shape
     column = torch.arange(length, device=input_ids.device)
@@ -100,7 +100,7 @@ def find_rows(
     lengths, prefix, starts = _lay_out(*(numbers[3 + i * batch :][:batch] for i in range(3)))
     tokens = sum(lengths)
     if tokens == 0:
-        return "nothing is asked of the batch"
+        return None
     flat = torch.arange(batch * length, device=column.device).view(batch, length)
     lead_start, own_start = torch.tensor(starts, device=column.device).unsqueeze(-1)
     places = torch.where(own, own_start + own.cumsum(1) - 1, lead_start + leading.cumsum(1) - 1)
