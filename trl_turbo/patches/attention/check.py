@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from trl_turbo.patches.attention.interface import register
+from trl_turbo.patches.attention.interface import UnsupportedAttentionError, register
 from trl_turbo.patches.attention.layers import attention_layers, hook_kinds
 from trl_turbo.patches.attention.layout import KEYWORD, NAME, Layout, no_mask
 from trl_turbo.patches.attention.probe import Probe, probing
@@ -89,7 +89,7 @@ def verdict_of(model: nn.Module, original: Callable[..., Any], patch: str, packe
     if state not in known:
         reason = _unfit(model)
         if reason is None:
-            known[state] = judge(lambda: _examine(model, original, patch, packed), weight.device, autocast)
+            known[state] = judge(lambda: _answer(model, original, patch, packed), weight.device, autocast)
         else:
             known[state] = None, reason
     verdict, reason = known[state]
@@ -128,6 +128,13 @@ def _unfit(model: Any) -> str | None:
     kinds = {name for layer in layers for name in getattr(layer.config, "layer_types", None) or ()}
     others = sorted(kinds - {"full_attention", "sliding_attention"})
     return f"its layers are of other kinds too ({', '.join(others)})" if others else None
+
+
+def _answer(model: Any, original: Callable[..., Any], patch: str, packed: bool) -> tuple[Verdict | None, str]:
+    try:
+        return _examine(model, original, patch, packed)
+    except UnsupportedAttentionError as error:
+        return None, str(error)
 
 
 def _examine(model: Any, original: Callable[..., Any], patch: str, packed: bool) -> tuple[Verdict | None, str]:

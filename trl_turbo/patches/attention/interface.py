@@ -125,12 +125,12 @@ def refuse(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> None:
-    """Raise where a call asks for what the kernel does not compute."""
+    """Raise where a call asks for what the kernel does not compute.
+
+    Whether it is causal its mask says, not `is_causal`, which is for calls without a mask (GPT-2 says no beside one).
+    """
     if dropout:
         raise UnsupportedAttentionError(f"it drops out {dropout} of its attention weights")
-    causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise UnsupportedAttentionError("its attention is bidirectional")
     if query.shape[2] != key.shape[2]:
         raise UnsupportedAttentionError(f"{query.shape[2]} queries attend to {key.shape[2]} keys")
     if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
@@ -172,7 +172,8 @@ def _without_layout(
 
 
 def _plain(module: nn.Module, query: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    if torch.compiler.is_compiling():
+    causal = kwargs.get("is_causal")
+    if torch.compiler.is_compiling() or not (getattr(module, "is_causal", True) if causal is None else causal):
         return False
     try:
         refuse(module, query, query, value, 0.0, kwargs)

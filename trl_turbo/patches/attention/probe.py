@@ -87,7 +87,8 @@ class Probe:
         for made, window in self._masks:
             if made is mask or (isinstance(mask, torch.Tensor) and made.data_ptr() == mask.data_ptr()):
                 return window
-        raise UnsupportedAttentionError("its attention is given a mask that it makes by itself")
+        whose = "no mask" if mask is None else "a mask that the model makes by itself"
+        raise UnsupportedAttentionError(f"its attention is given {whose}")
 
     def _stock(self, module: nn.Module) -> Callable[..., Any]:
         if self.stock == "eager":

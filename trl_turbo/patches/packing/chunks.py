@@ -52,14 +52,29 @@ def _by_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
         asked = signature.bind(self, *first, *args, **kwargs).arguments
         rows, rest = asked.get("batch_size"), {k: v for k, v in asked.items() if k not in FIRST}
         others = any(v is not None for k, v in rest.items() if k not in _ROWLESS) or rest.get("compute_aux_loss")
-        verdict = next(map(packing_verdict, causal_lms(model)), None)
-        if torch.is_grad_enabled() or not rows or rows >= len(input_ids) or others or verdict is None:
+        if torch.is_grad_enabled() or not rows or rows >= len(input_ids) or others:
             return original(self, *first, *args, **kwargs)
-        ends = chunk_ends(input_ids, attention_mask, logits_to_keep, rows, share=not verdict.drops_out())
         parts = []
-        for start, end in zip([0, *ends], ends, strict=False):
+
+        def score(start: int, end: int) -> None:
             cut = {**rest, "batch_size": end - start}
             parts.append(original(self, model, input_ids[start:end], attention_mask[start:end], logits_to_keep, **cut))
+
+        start = 0
+        causal_lm = next(causal_lms(model), None)
+        if causal_lm is None or packing_verdict(causal_lm) is None:
+            score(0, start := rows)  # one of TRL's: then it is known whether this model is packed
+        verdict = None if causal_lm is None else packing_verdict(causal_lm)
+        if verdict is None:
+            ends = [*range(start + rows, len(input_ids), rows), len(input_ids)]
+        else:
+            ends = chunk_ends(
+                input_ids[start:], attention_mask[start:], logits_to_keep, rows, share=not verdict.drops_out()
+            )
+            ends = [start + end for end in ends]
+        for end in ends:
+            score(start, end)
+            start = end
         return tuple(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
 
     return method
