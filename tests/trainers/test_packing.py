@@ -114,13 +114,13 @@ def test_family(family: str, trainer: str, seen: Seen) -> None:
 @pytest.mark.parametrize("attention", ["eager", "trl_turbo"])
 def test_softcap(attention: str, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is applied: by eager code, and by our attention under its own name."""
-    settings: dict[str, Any] = {"model": lambda path: load(path, attn_implementation="eager"), "family": "gemma2"}
-    case = Case("GRPO", {"max_steps": 1}, **settings)
-    plain, *perturbed = stock(case)
+
+    def case_of(name: str) -> Case:
+        return Case("GRPO", {"max_steps": 1}, "gemma2", model=lambda path: load(path, attn_implementation=name))
+
+    plain, *perturbed = stock(case_of("eager"))
     with patched() as path:
-        ours = run(
-            Case("GRPO", {"max_steps": 1}, **{**settings, "model": lambda p: load(p, attn_implementation=attention)})
-        )
+        ours = run(case_of(attention))
     path.assert_ours()
     assert not broken(plain, ours, perturbed)
     seen.assert_packed()

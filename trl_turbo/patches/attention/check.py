@@ -173,12 +173,16 @@ def _examine(model: Any, original: Callable[..., Any], patch: str, packed: bool)
         layout = Layout(padded.segments, None, padded.index, stock != "sdpa")
         keywords = {KEYWORD: layout, "attention_mask": no_mask(device)}
         index = padded.index
-        if packed:
-            rows = _rows(find_rows(ids, mask, targets, column, share=True, reach=False))
-            layout.segments, layout.index, index = rows.segments, None, rows.index
-            found = run(rows.pack(ids), position_ids=rows.pack(column), **keywords)[0]
-        else:
-            found = run(ids, **keywords).flatten(0, 1)[index]
+        try:
+            if packed:
+                rows = _rows(find_rows(ids, mask, targets, column, share=True, reach=False))
+                layout.segments, layout.index, index = rows.segments, None, rows.index
+                found = run(rows.pack(ids), position_ids=rows.pack(column), **keywords)[0]
+            else:
+                found = run(ids, **keywords).flatten(0, 1)[index]
+        except (RuntimeError, TypeError, ValueError) as error:
+            # The mask beside a layout fits nothing, so that an attention which is not told of the layout raises
+            return None, f"a layout does not reach its attention layers ({type(error).__name__}: {error})"
     if not probe.layers or layout.calls != len(probe.layers):
         return None, f"a layout reached {layout.calls} of its {len(probe.layers)} attention layers"
 
