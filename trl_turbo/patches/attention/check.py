@@ -189,11 +189,11 @@ def _examine(model: Any, original: Callable[..., Any], patch: str, packed: bool)
     true = plain.flatten(0, 1)
     noise = _apart(nudged.flatten(0, 1)[padded.index], true[padded.index]).amax()
     effect = _apart(elsewhere.flatten(0, 1)[padded.index], true[padded.index]).median()
-    error = _apart(found, true[index]).amax()
-    if not (error <= 4 * noise + max(4 * eps, 2**-12) and error <= effect / 8):
+    off = _apart(found, true[index]).amax()
+    if not (off <= 4 * noise + max(4 * eps, 2**-12) and off <= effect / 8):
         what = "on one packed row" if packed else "with our attention"
         return None, (
-            f"{what} its hidden states are off by {error:.1e} where rounding makes {noise:.1e} and another prompt "
+            f"{what} its hidden states are off by {off:.1e} where rounding makes {noise:.1e} and another prompt "
             f"{effect:.1e}: something else than its attention may pass between tokens"
         )
     return Verdict(
