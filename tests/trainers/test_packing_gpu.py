@@ -41,14 +41,12 @@ def test_trainer(trainer: str, precision: str) -> None:
     check(Case(trainer, {**OPTIONS[trainer], **low, **CHECKPOINTED}, "qwen2-untied", dtype=dtype, peft=lora()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3-text", "mistral"])
 def test_logits_and_gradients(family: str, dtype: torch.dtype) -> None:
     """Head dim 64, rows of unequal lengths in two groups: logits and gradients no farther from float32 than stock's."""
     trl_turbo.patch(verbose=False, packing=True)
     shape = {"head_dim": 64, "hidden_size": 256, "max_position_embeddings": 512}
-    # Products in the check of what is exact are in float32 too
-    torch.backends.cuda.matmul.allow_tf32 = False
     exact = make(family, **shape, **({"query_pre_attn_scalar": 64} if "gemma" in family else {})).cuda()
     model = make(family, dtype, **shape, **({"query_pre_attn_scalar": 64} if "gemma" in family else {})).cuda()
     numbers = torch.Generator().manual_seed(1)
