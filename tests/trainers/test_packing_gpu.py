@@ -41,14 +41,13 @@ def test_trainer(trainer: str, precision: str) -> None:
     check(Case(trainer, {**OPTIONS[trainer], **low, **CHECKPOINTED}, "qwen2-untied", dtype=dtype, peft=lora()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3-text", "mistral"])
-def test_logits_and_gradients(family: str, dtype: torch.dtype) -> None:
-    """Head dim 64, rows of unequal lengths in two groups: logits and gradients no farther from float32 than stock's."""
+def test_logits_and_gradients(family: str) -> None:
+    """Head dim 64, two groups of unequal rows: log-probs and gradients in bf16 no farther from float32 than stock's."""
     trl_turbo.patch(verbose=False, packing=True)
     shape = {"head_dim": 64, "hidden_size": 256, "max_position_embeddings": 512}
     exact = make(family, **shape, **({"query_pre_attn_scalar": 64} if "gemma" in family else {})).cuda()
-    model = make(family, dtype, **shape, **({"query_pre_attn_scalar": 64} if "gemma" in family else {})).cuda()
+    model = make(family, torch.bfloat16, **shape, **({"query_pre_attn_scalar": 64} if "gemma" in family else {})).cuda()
     numbers = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 200, (6, PROMPT + COMPLETION), generator=numbers)
     ids[:3, :PROMPT], ids[3:, :PROMPT] = ids[0, :PROMPT].clone(), ids[3, :PROMPT].clone()
