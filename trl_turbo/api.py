@@ -21,6 +21,7 @@ def patch(
     rollout_adapter: Literal["auto", "merged", "served"] | None = None,
     rollout_burst: Literal["auto", "off"] | None = None,
     rollout_kv_cache_dtype: Literal["auto", "fp8"] | None = None,
+    shared_pass: bool | None = None,
     lora: bool | None = None,
     norms: bool | None = None,
     rope: bool | None = None,
@@ -51,6 +52,8 @@ def patch(
         rollout_kv_cache_dtype: ``"fp8"`` halves the KV cache of a 16-bit model; samples then come from a slightly
             different policy. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE``, and that to ``auto``, the
             model's own dtype.
+        shared_pass: GRPO and RLOO score a rollout under the policy that sampled it with the forward of the training
+            step, where one step trains on all of it. Off unless asked for: it is not yet measured on a GPU.
         lora: PEFT's LoRA layers over bf16, fp16, fp32 and bitsandbytes bases, the projections of attention together and
             gated MLPs as one function. Off unless asked for: it is proven on the CPU and not yet measured on a GPU.
         norms: RMSNorms of any model that computes what our op does, found out on random input. Off unless asked for: it
@@ -64,7 +67,7 @@ def patch(
             once.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
-            (``rollout``, ``lora``, ``norms``, ``rope``, ``mlp``, ``attention`` and ``packing`` are off).
+            (``attention`` and ``packing`` are off).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:
@@ -86,6 +89,7 @@ def patch(
             "rollout_adapter": rollout_adapter,
             "rollout_burst": rollout_burst,
             "rollout_kv_cache_dtype": rollout_kv_cache_dtype,
+            "shared_pass": shared_pass,
             "lora": lora,
             "norms": norms,
             "rope": rope,

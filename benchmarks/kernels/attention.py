@@ -6,8 +6,8 @@
 Checks first that the result and all gradients are no further from float64 than plain torch in the same dtype; a wrong
 kernel is not timed. Then the device's time of the forward, the backward and both: plain causal sequences against the
 flash and cuDNN backends of `scaled_dot_product_attention`; a batch of which 40 % is no padding against the same with
-padding; and eight completions of one prompt against eight rows. Writes OUT.json and OUT.png. `--tune` ranks tiles instead
-(see `attention_tune`). Without a CUDA device it runs tiny sizes.
+padding; and eight completions of one prompt against eight rows. Writes OUT.json and OUT.png. `--tune` ranks tiles
+instead (see `attention_tune`). Without a CUDA device it runs tiny sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import measure
@@ -167,8 +167,8 @@ def theirs(
     def run() -> torch.Tensor:
         if peer in backends and CUDA:
             with sdpa_kernel(backends[peer]):
-                return F.scaled_dot_product_attention(*leaves, **kwargs)
-        return F.scaled_dot_product_attention(*leaves, **kwargs)
+                return functional.scaled_dot_product_attention(*leaves, **kwargs)
+        return functional.scaled_dot_product_attention(*leaves, **kwargs)
 
     return run, leaves, rows[3]
 
@@ -189,9 +189,7 @@ def contestants(case: Case, inputs: Tensors) -> dict[str, tuple[Callable[[], tor
     return found
 
 
-def phase_run(
-    phase: str, run: Callable[[], torch.Tensor], leaves: Tensors, grad: torch.Tensor
-) -> Callable[[], object]:
+def phase_run(phase: str, run: Callable[[], torch.Tensor], leaves: Tensors, grad: torch.Tensor) -> Callable[[], object]:
     if phase == "forward":
         return run
     if phase == "both":
@@ -202,9 +200,7 @@ def phase_run(
 def flops(case: Case, shape: tuple[int, int, int]) -> dict[str, float]:
     """Of two products forward and five backward, over what the packed row sees."""
     segments = case.segments
-    seen = sum(
-        n * (n + 1) / 2 + n * segments.before(i) for i, n in enumerate(segments.lengths)
-    )
+    seen = sum(n * (n + 1) / 2 + n * segments.before(i) for i, n in enumerate(segments.lengths))
     product = 2 * seen * shape[0] * shape[2]
     return {"forward": 2 * product, "backward": 5 * product, "both": 7 * product}
 
@@ -235,9 +231,7 @@ def bench(case: Case, shape: tuple[int, int, int], rounds: int) -> dict[str, Any
         row[phase] = {"tflops": round(work[phase] / mine / 1e9, 1), "timings": timings}
         others = "  ".join(f"{who} {t['median_ms']:.3f} ({t['median_ms'] / mine:.2f}x)" for who, t in timings.items())
         print(f"    {phase:<9} ms: {others}; {row[phase]['tflops']} TFLOP/s")
-    row["extra_mib"] = {
-        who: round(measure.peak_mib(phase_run("both", *parts)), 1) for who, parts in runs.items()
-    }
+    row["extra_mib"] = {who: round(measure.peak_mib(phase_run("both", *parts)), 1) for who, parts in runs.items()}
     return row
 
 

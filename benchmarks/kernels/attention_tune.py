@@ -1,8 +1,8 @@
 """Which tiles are fastest: `python -m benchmarks.kernels.attention --tune`.
 
-Each pass has a short list of tiles. Processes that compile them beside each other also check each one, on a small ragged
-batch with a shared prompt, against plain torch in float64; then each is timed, here, on a causal sequence. The winners are
-for `trl_turbo/kernels/attention/plan.py`.
+Each pass has a short list of tiles. Processes that compile them beside each other also check each one, on a small
+ragged batch with a shared prompt, against plain torch in float64; then each is timed, here, on a causal sequence. The
+winners are for `trl_turbo/kernels/attention/plan.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
             Tile(128, 32, 8, 3),
             Tile(64, 64, 4, 2),
             Tile(64, 32, 4, 2),
-            Tile(64, 128, 8, 2),
+            Tile(64, 32, 4, 3),
         ),
         64: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),
         256: (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 3), Tile(128, 32, 8, 2)),
@@ -72,10 +72,10 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "all": {
         128: (
             Tile(128, 64, 8, 2),
-            Tile(128, 64, 8, 1),
-            Tile(64, 64, 4, 2),
+            Tile(128, 64, 8, 3),
+            Tile(128, 32, 8, 2),
             Tile(64, 64, 8, 2),
-            Tile(64, 128, 8, 1),
+            Tile(64, 64, 4, 2),
         ),
         64: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
         256: (Tile(64, 64, 8, 1), Tile(64, 64, 8, 2)),
@@ -103,8 +103,8 @@ def run_of(
     if which == "query":
         return lambda: passes.queries(grad, q, k, v, o, lse, segments, spec)
     if which == "key":
-        delta = passes.deltas(o, grad)
-        return lambda: passes.keys(grad, q, k, v, lse, delta, segments, spec)
+        stats = passes.statistics(o, grad, lse)
+        return lambda: passes.keys(grad, q, k, v, stats, segments, spec)
     return lambda: passes.backward(grad, q, k, v, o, lse, segments, spec)
 
 
@@ -168,10 +168,14 @@ def tune(widths: list[int], seconds: float) -> None:
                 if word[0].isdigit() and time.monotonic() - start < seconds:
                     ranking.append((timed(which, width, job[2], segments, tensors), job[2], word))
                 else:
-                    print(f"D = {width:<4}{which:<8} {tuple(job[2])}: {word if not word[0].isdigit() else 'no time left'}")
+                    print(
+                        f"D = {width:<4}{which:<8} {tuple(job[2])}: {word if not word[0].isdigit() else 'no time left'}"
+                    )
             for ms, tile, word in sorted(ranking):
                 work = PRODUCTS[which] * tensors[0].shape[1] * width * segments.total * (segments.total + 1)
-                print(f"D = {width:<4}{which:<8} {tuple(tile)!s:<20} {ms:8.3f} ms {work / ms / 1e9:7.1f} TFLOP/s  {word}")
+                print(
+                    f"D = {width:<4}{which:<8} {tuple(tile)!s:<20} {ms:8.3f} ms {work / ms / 1e9:7.1f} TFLOP/s  {word}"
+                )
 
 
 def timed(which: str, width: int, tile: Tile, segments: Segments, tensors: tuple[torch.Tensor, ...]) -> float:

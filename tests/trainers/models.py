@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_turbo.demo.tiny import make_tokenizer
 
+#: Keywords of `patch()` that leave the log-prob alone on, for what must be stock's to the bit
+ALONE = dict.fromkeys(("shared_pass", "lora", "norms", "rope", "mlp"), False)
+
 VOCAB = 211  # a prime, so that no other dimension of a run is taken for it
 VARIANTS = ("plain", "perturbed-1", "perturbed-2")
 

@@ -1,4 +1,4 @@
-"""Backward, before a pass that makes all gradients at once: the sums of o * grad_o."""
+"""Backward, before a pass that makes all gradients at once: the statistics that it reads."""
 
 # mypy: disable-error-code="no-untyped-def"
 # A kernel's arguments are pointers and numbers that only Triton types
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_math import load_rows
+from .kernel_math import load_rows, store_stats
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -19,15 +19,16 @@ def delta_kernel(
     grad_o_ptr,
     grad_o_token,
     grad_o_head,
-    delta_ptr,
-    delta_head,
+    lse_ptr,
+    lse_head,
+    stats_ptr,
     tokens,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """delta [HEADS, T] of BLOCK tokens of one head."""
+    """stats [HEADS, T, 2] of BLOCK tokens of one head: lse, and the sum of o * grad_o."""
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     first = tl.program_id(0) // HEADS * BLOCK
     row = first.to(tl.int64)
@@ -36,4 +37,6 @@ def delta_kernel(
     grad_o = load_rows(grad_o_ptr, grad_o_token, 0, tokens - first, D, BLOCK, COLUMNS)
     lane = tl.arange(0, BLOCK)
     delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
-    tl.store(delta_ptr + head * delta_head + row + lane, delta, mask=lane < tokens - first)
+    at = head * lse_head + row + lane
+    lse = tl.load(lse_ptr + at, mask=lane < tokens - first)
+    store_stats(stats_ptr + 2 * at, lse, delta, lane < tokens - first)

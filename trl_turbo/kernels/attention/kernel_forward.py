@@ -8,22 +8,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_math import LOG2E, LOWEST, capped_tanh, exp2, key_steps, load_rows, query_tile, step_of, store_rows
+from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
+
+from .kernel_math import LOWEST, capped_tanh, key_steps, load_rows, query_tile, step_of, store_rows
 
 
 @triton.jit(do_not_specialize=["window"])
 def forward_kernel(
     q_ptr,
-    q_token,
+    q_token: tl.constexpr,
     q_head,
     k_ptr,
-    k_token,
+    k_token: tl.constexpr,
     k_head,
     v_ptr,
-    v_token,
+    v_token: tl.constexpr,
     v_head,
     o_ptr,
-    o_token,
+    o_token: tl.constexpr,
     o_head,
     lse_ptr,
     lse_head,

@@ -8,34 +8,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_math import LOG2E, add_rows, capped_tanh, exp2, load_rows, store_rows
+from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
+
+from .kernel_math import add_rows, capped_tanh, load_rows, store_rows
+
+#: lse = inf in the low half, delta = 0 in the high one.
+INFINITY_AND_0 = tl.constexpr(0x7F800000)
 
 
 @triton.jit(do_not_specialize=["window"])
 def key_kernel(
     q_ptr,
-    q_token,
+    q_token: tl.constexpr,
     q_head,
     k_ptr,
-    k_token,
+    k_token: tl.constexpr,
     k_head,
     v_ptr,
-    v_token,
+    v_token: tl.constexpr,
     v_head,
     grad_o_ptr,
-    grad_o_token,
+    grad_o_token: tl.constexpr,
     grad_o_head,
     grad_k_ptr,
     grad_v_ptr,
-    grad_token,
+    grad_token: tl.constexpr,
     grad_head,
     grad_q_ptr,
-    grad_q_token,
+    grad_q_token: tl.constexpr,
     grad_q_head,
     sums_ptr,
-    lse_ptr,
-    delta_ptr,
-    lse_head,
+    stats_ptr,
+    stats_head,
     items_ptr,
     runs_ptr,
     scale,
@@ -55,9 +59,9 @@ def key_kernel(
 ):
     """An item of `tables.KeyWork` for one of HEADS heads of keys: gradients of k and v, or a part of their sums.
 
-    `sums_ptr` [slots, HEADS, 2, BLOCK, D] is float32. Who adds what in which order is in the tables: no atomics. Only
-    where the gradient of q is wanted too (QUERIES), unscaled in a float32 `grad_q_ptr` of zeros, do programs add to it
-    in the order in which they come.
+    `stats_ptr` [query heads, T] has lse and delta, both float32, in the halves of an int64. `sums_ptr` [slots, HEADS,
+    2, BLOCK, D] is float32. Who adds what in which order is in the tables: no atomics. Only where the gradient of q is
+    wanted too (QUERIES), unscaled in a float32 `grad_q_ptr` of zeros, do programs add in the order in which they come.
     """
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     item_ptr = items_ptr + tl.program_id(0) // HEADS * 8
@@ -84,8 +88,7 @@ def key_kernel(
         q_member = q_ptr + query_head * q_head
         grad_o_member = grad_o_ptr + query_head * grad_o_head
         grad_q_member = grad_q_ptr + query_head * grad_q_head
-        lse_member = lse_ptr + query_head * lse_head
-        delta_member = delta_ptr + query_head * lse_head
+        stats_member = stats_ptr + query_head * stats_head
         for run in range(run_low, run_high):
             start = tl.load(runs_ptr + run * 4)
             end = tl.load(runs_ptr + run * 4 + 1)
@@ -94,9 +97,10 @@ def key_kernel(
                 here = tl.cast(first, tl.int64)
                 behind = ahead + first - start
                 q = load_rows(q_member + here * q_token, q_token, 0, end - first, D, STEP, COLUMNS)
-                # 2^(s - inf) = 0 for rows that are not there
-                lse = tl.load(lse_member + here + lane, mask=lane < end - first, other=float("inf"))
-                delta = tl.load(delta_member + here + lane, mask=lane < end - first, other=0.0)
+                # 2^(s - inf) = 0 for rows that are not there. Each thread loads its own columns': half as many in pairs
+                pair = tl.load(stats_member + here + lane, mask=lane < end - first, other=INFINITY_AND_0)
+                lse = pair.to(tl.int32).to(tl.float32, bitcast=True)
+                delta = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 if SOFTCAP:
                     tanh = capped_tanh(s, slope)
@@ -111,9 +115,7 @@ def key_kernel(
                     if WINDOW:
                         seen &= distance < window
                     p = tl.where(seen, p, 0.0)
-                grad_o = load_rows(
-                    grad_o_member + here * grad_o_token, grad_o_token, 0, end - first, D, STEP, COLUMNS
-                )
+                grad_o = load_rows(grad_o_member + here * grad_o_token, grad_o_token, 0, end - first, D, STEP, COLUMNS)
                 grad_v = tl.dot(p.to(grad_o.dtype), grad_o, grad_v, input_precision=PRECISION)
                 grad_p = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION)
                 grad_s = p * (grad_p - delta[None, :])
@@ -123,9 +125,7 @@ def key_kernel(
                 grad_k = tl.dot(grad_s, q, grad_k, input_precision=PRECISION)
                 if QUERIES:
                     grad_q = tl.dot(tl.trans(grad_s), k, input_precision=PRECISION)
-                    add_rows(
-                        grad_q_member + here * grad_q_token, grad_q_token, grad_q, end - first, D, STEP, COLUMNS
-                    )
+                    add_rows(grad_q_member + here * grad_q_token, grad_q_token, grad_q, end - first, D, STEP, COLUMNS)
     grad_k *= scale
     if slot < 0:
         at = head * grad_head + row * grad_token
@@ -142,7 +142,7 @@ def sum_kernel(
     sums_ptr,
     grad_k_ptr,
     grad_v_ptr,
-    grad_token,
+    grad_token: tl.constexpr,
     grad_head,
     parts_ptr,
     HEADS: tl.constexpr,

@@ -8,32 +8,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_math import LOG2E, capped_tanh, exp2, key_steps, load_rows, query_tile, step_of, store_rows
+from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
+
+from .kernel_math import capped_tanh, key_steps, load_rows, query_tile, step_of, store_rows, store_stats
 
 
 @triton.jit(do_not_specialize=["window"])
 def query_kernel(
     q_ptr,
-    q_token,
+    q_token: tl.constexpr,
     q_head,
     k_ptr,
-    k_token,
+    k_token: tl.constexpr,
     k_head,
     v_ptr,
-    v_token,
+    v_token: tl.constexpr,
     v_head,
     o_ptr,
-    o_token,
+    o_token: tl.constexpr,
     o_head,
     grad_o_ptr,
-    grad_o_token,
+    grad_o_token: tl.constexpr,
     grad_o_head,
     grad_q_ptr,
-    grad_q_token,
+    grad_q_token: tl.constexpr,
     grad_q_head,
     lse_ptr,
-    delta_ptr,
     lse_head,
+    stats_ptr,
     tiles_ptr,
     scale,
     softcap,
@@ -50,7 +52,10 @@ def query_kernel(
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradient of one tile and head of q, and delta [HEADS, T], the sum of o * grad_o that the keys' pass reads."""
+    """The gradient of one tile and head of q, and for the keys' pass stats [HEADS, T, 2]: lse, and delta.
+
+    delta is the sum of o * grad_o.
+    """
     head = tl.program_id(0) % HEADS
     row, rows, index, start, prefix, before = query_tile(tiles_ptr, tl.program_id(0) // HEADS)
     head_64 = head.to(tl.int64)
@@ -63,9 +68,9 @@ def query_kernel(
     delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
     lane = tl.arange(0, BLOCK)
     at = head_64 * lse_head + row_64 + lane
-    tl.store(delta_ptr + at, delta, mask=lane < rows)
     # 2^(s - inf) = 0 for rows that are not there
     lse = tl.load(lse_ptr + at, mask=lane < rows, other=float("inf"))
+    store_stats(stats_ptr + 2 * at, lse, delta, lane < rows)
     q = load_rows(q_ptr + head_64 * q_head + row_64 * q_token, q_token, 0, rows, D, BLOCK, COLUMNS)
     grad = tl.zeros((BLOCK, COLUMNS), tl.float32)
     scale_2 = scale * LOG2E

@@ -71,9 +71,7 @@ def attention(
     return _Attention.apply(q, k, v, segments, spec, passes)
 
 
-def _spec(
-    q: torch.Tensor, scale: float | None, window: int | None, softcap: float | None, deterministic: bool
-) -> Spec:
+def _spec(q: torch.Tensor, scale: float | None, window: int | None, softcap: float | None, deterministic: bool) -> Spec:
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"The scale must be above 0, and it is {scale}; pass None for 1 / sqrt(D).")

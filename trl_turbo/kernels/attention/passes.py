@@ -59,34 +59,41 @@ def backward(
     segments: Segments,
     spec: Spec,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v: a pass over queries and one over keys, or one over keys that makes all (see `plan.fused`)."""
+    """Gradients of q, k and v: by a pass over queries and one over keys, or by one that makes all (`plan.fused`)."""
     grad_o, q, k, v = (_rows(x) for x in (grad_o, q, k, v))
     with on(q.device):
-        if fused(_columns(q.shape[2]), q.dtype) and not (spec.deterministic or torch.are_deterministic_algorithms_enabled()):
-            delta = deltas(o, grad_o)
+        if fused(_columns(q.shape[2]), q.dtype) and not (
+            spec.deterministic or torch.are_deterministic_algorithms_enabled()
+        ):
+            stats = statistics(o, grad_o, lse)
             sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-            grad_k, grad_v = keys(grad_o, q, k, v, lse, delta, segments, spec, sums)
+            grad_k, grad_v = keys(grad_o, q, k, v, stats, segments, spec, sums)
             grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             return torch.mul(sums, spec.scale, out=grad_q), grad_k, grad_v
-        grad_q, delta = queries(grad_o, q, k, v, o, lse, segments, spec)
-        return grad_q, *keys(grad_o, q, k, v, lse, delta, segments, spec)
+        grad_q, stats = queries(grad_o, q, k, v, o, lse, segments, spec)
+        return grad_q, *keys(grad_o, q, k, v, stats, segments, spec)
 
 
-def deltas(o: torch.Tensor, grad_o: torch.Tensor) -> torch.Tensor:
-    """Sums of o * grad_o over the columns, [Hq, T] in float32."""
+def statistics(
+    o: torch.Tensor,  # [T, Hq, D]
+    grad_o: torch.Tensor,  # [T, Hq, D]
+    lse: torch.Tensor,  # [Hq, T]
+) -> torch.Tensor:
+    """lse and the sums of o * grad_o over the columns, [Hq, T, 2] in float32."""
     tokens, heads, width = o.shape
-    delta = torch.empty(heads, tokens, dtype=torch.float32, device=o.device)
+    stats = torch.empty(heads, tokens, 2, dtype=torch.float32, device=o.device)
     delta_kernel[(triton.cdiv(tokens, _DELTA_ROWS) * heads,)](
         *_strided(o, grad_o),
-        delta,
-        delta.stride(0),
+        lse,
+        lse.stride(0),
+        stats,
         tokens,
         HEADS=heads,
         D=width,
         COLUMNS=_columns(width),
         BLOCK=_DELTA_ROWS,
     )
-    return delta
+    return stats
 
 
 def queries(
@@ -99,23 +106,23 @@ def queries(
     segments: Segments,
     spec: Spec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of q, and `deltas` on the way."""
+    """The gradient of q, and `statistics` on the way."""
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    delta = torch.empty_like(lse)
+    stats = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
     tile = _tile("query", q)
     table = query_tiles(segments, tile.block, spec.window)
     query_kernel[(len(table) * q.shape[1],)](
         *_strided(q, k, v, o, grad_o, grad_q),
         lse,
-        delta,
         lse.stride(0),
+        stats,
         table,
         *_numbers(spec),
         HEADS=q.shape[1],
         PREFIX=segments.shared,
         **_constants(q, k, spec, tile),
     )
-    return grad_q, delta
+    return grad_q, stats
 
 
 def keys(
@@ -123,8 +130,7 @@ def keys(
     q: torch.Tensor,  # [T, Hq, D]
     k: torch.Tensor,  # [T, Hkv, D]
     v: torch.Tensor,  # [T, Hkv, D]
-    lse: torch.Tensor,  # [Hq, T]
-    delta: torch.Tensor,  # [Hq, T]
+    stats: torch.Tensor,  # [Hq, T, 2]
     segments: Segments,
     spec: Spec,
     grad_q: torch.Tensor | None = None,  # [T, Hq, D]
@@ -140,11 +146,10 @@ def keys(
         grad_k,
         grad_v,
         *grad_k.stride()[:2],
-        *_strided(delta[..., None] if grad_q is None else grad_q),
+        *_strided(stats if grad_q is None else grad_q),
         sums,
-        lse,
-        delta,
-        lse.stride(0),
+        stats.view(torch.int64),
+        stats.shape[1],
         work.items,
         work.runs,
         *_numbers(spec),
@@ -175,8 +180,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if fits else x.contiguous()
 
 
-def _strided(*tensors: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
-    return tuple(y for x in tensors for y in (x, *x.stride()[:2]))
+def _strided(*tensors: torch.Tensor) -> list[torch.Tensor | int]:
+    """Each tensor with its two strides."""
+    return [y for x in tensors for y in (x, x.stride(0), x.stride(1))]
 
 
 def _columns(width: int) -> int:

@@ -1,12 +1,12 @@
-"""The truth in plain torch, from the whole [T, T] mask; and plain torch segment by segment, for where no kernel serves."""
+"""The truth in plain torch, from the whole [T, T] mask; and plain torch by segment, for where no kernel serves."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from .segments import Segments
-from .spec import Spec
+from .spec import Spec, wide
 
 
 def mask_of(segments: Segments, window: int | None) -> torch.Tensor:
@@ -27,7 +27,7 @@ def attention_reference(
     segments: Segments,
     spec: Spec,
 ) -> torch.Tensor:
-    """Attention [T, Hq, D] in the dtype of its inputs, the softmax in float32 (float64 for float64) as eager code has it.
+    """Attention [T, Hq, D] in the dtype of its inputs, the softmax in float32 (float64 for float64) as in eager code.
 
     Differentiable by autograd. In a low precision it is the yardstick that the kernels' error is measured with.
     """
@@ -49,7 +49,7 @@ def attend(
     if spec.softcap is not None:
         scores = torch.tanh(scores / spec.softcap) * spec.softcap
     scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    weights = scores.softmax(-1, dtype=wide(q.dtype)).to(q.dtype)
     return weights @ v
 
 
@@ -68,6 +68,8 @@ def attention_by_segment(
         return q * k.sum() * v.sum()  # of the right shape, and on the tape
     # One split, whose backward is one concatenation: a slice's is a [T, H, D] of zeros for each segment
     queries, keys, values = (x.transpose(0, 1).split(list(segments.lengths), 1) for x in (q, k, v))
+    # Gradients of a prefix come from each segment that follows it, and are added up in float32
+    shared = {p: (keys[p].to(wide(k.dtype)), values[p].to(wide(v.dtype))) for p in set(segments.prefix) if p >= 0}
     outputs = []
     for i, prefix in enumerate(segments.prefix):
         if segments.lengths[i] == 0:
@@ -77,8 +79,10 @@ def attention_by_segment(
         if before:
             # Of the prefix, what the first query's window reaches
             first = 0 if spec.window is None else max(0, before + 1 - spec.window)
-            key = torch.cat((keys[prefix][:, first:], key), 1)
-            value = torch.cat((values[prefix][:, first:], value), 1)
+            key, value = (
+                torch.cat((x[:, first:].to(own.dtype), own), 1)
+                for x, own in zip(shared[prefix], (key, value), strict=True)
+            )
             before -= first
         outputs.append(_one(queries[i], key, value, before, spec))
     return torch.cat(outputs, 1).transpose(0, 1)
@@ -107,4 +111,4 @@ def _one(
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec, **kwargs: object) -> torch.Tensor:
     gqa = {"enable_gqa": True} if q.shape[0] != k.shape[0] else {}
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=spec.scale, **kwargs, **gqa)[0]  # type: ignore[arg-type]
+    return functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=spec.scale, **kwargs, **gqa)[0]  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ Numbers are 32 bits wide: rows, not elements. A row is an index into the packed 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +37,7 @@ class KeyWork(NamedTuple):
 
 
 def query_tiles(segments: Segments, block: int, window: int | None) -> torch.Tensor:
-    """int32 [n, 6] of query blocks: first row, rows, index in the segment, its first row, its prefix's, prefix's length."""
+    """int32 [n, 6] of query blocks: first row, rows, index in the segment, its first row, its prefix's, its length."""
     return segments.cached(("queries", block, window), lambda: _query_tiles(segments, block, window))
 
 
@@ -79,7 +81,7 @@ def _key_work(
     parts: list[tuple[int, int, int, int]] = []
     slots = 0
     for head, runs, work in blocks:
-        wanted = -(-work * group // most)
+        wanted = max(1, (2 * work * group + most) // (2 * most))  # rounded: a little too long is better than halved
         pieces = [runs]
         if wanted > group:
             pieces = _cut(runs, step * -(-work * group // (wanted * step)))
@@ -105,7 +107,7 @@ def _key_work(
 def _key_blocks(
     segments: Segments, block: int, window: int | None
 ) -> list[tuple[tuple[int, int, int], list[tuple[int, int, int, int]], int]]:
-    """For each key block its first row, keys and position, the runs of query rows that see it, and how many they are."""
+    """For each key block its first row, keys and position, the runs of query rows that see it, and their rows."""
     followers: dict[int, list[int]] = {}
     for i, prefix in enumerate(segments.prefix):
         if prefix >= 0 and segments.lengths[i]:
@@ -148,8 +150,8 @@ def _cut(runs: list[tuple[int, int, int, int]], most: int) -> list[list[tuple[in
 def _even(total: int, count: int) -> list[tuple[int, int]]:
     """`range(total)` in `count` ranges of nearly one size."""
     edges = [total * i // count for i in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
-def _table(rows: list[tuple[int, ...]], width: int, device: torch.device) -> torch.Tensor:
+def _table(rows: Sequence[tuple[int, ...]], width: int, device: torch.device) -> torch.Tensor:
     return to_device(torch.tensor(rows, dtype=torch.int32).view(-1, width), device)
