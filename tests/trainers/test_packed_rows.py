@@ -372,6 +372,30 @@ def test_windows_are_read_off_masks(window: int | None) -> None:
     assert window is None or window < FARTHEST
 
 
+@pytest.mark.parametrize("answer", [6, 300])
+def test_a_full_batch_is_packed_where_it_pays(answer: int) -> None:
+    """Without padding, and with a prompt too short to matter, rows stay as they are: attention is told they are."""
+    model = make("llama")
+    ids = torch.randint(3, 200, (4, 10 + answer), generator=torch.Generator().manual_seed(1))
+    ids[:, :10] = ids[0, :10].clone()
+    targets = completion_targets(answer)(ids, None)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = passes.arrange("packing", model, type(model).forward, (), given, targets)
+    assert found is not None
+    if answer == 6:
+        assert found.rows is not None
+        assert found.layout.segments.lengths == (9, 6, 6, 6, 6, 1)
+    else:
+        assert found.rows is None
+        assert found.layout.segments.lengths == (310,) * 4
+        assert found.kwargs["input_ids"] is ids
+    with torch.no_grad():
+        ours = found.spread(model(**found.kwargs).logits.amax(-1))
+        plain = model(input_ids=ids, use_cache=False).logits.amax(-1)
+    asked = targets != IGNORED
+    assert (ours - plain)[asked].abs().max() <= 64 * torch.finfo(torch.float32).eps * plain.abs().max()
+
+
 def test_dropout_ends_sharing() -> None:
     model = make("llama")
     model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.1))

@@ -18,7 +18,7 @@ from trl_turbo.patches.attention.rows import Rows
 
 from .adapters import adapted, lora
 from .models import folder, load
-from .parity import check, patched, skip_unless_known, stock
+from .parity import Path, check, patched, skip_unless_known, stock
 from .rule import broken
 from .runs import Case, build, run, train
 
@@ -59,6 +59,22 @@ class Seen:
         assert all(rows.segments.total < rows.shape[0] * rows.shape[1] for rows in self.rows)
 
 
+def said(path: Path) -> list[str]:
+    """What the report says about packing and attention."""
+    words = ("keep their padding", "keep their attention", "softcap", "dropped out")
+    return [text for text in path.others if any(word in text for word in words)]
+
+
+def check_noted(case: Case, notes: tuple[str, ...] = (), *, late: bool = False) -> Path:
+    """As `check`, with these notes about packing."""
+    path = check(case, late=late)
+    found = said(path)
+    assert len(found) == len(notes), found
+    for text, expected in zip(found, notes, strict=True):
+        assert expected in text
+    return path
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     """Turn packing on, and watch."""
@@ -88,7 +104,7 @@ def test_trainer(trainer: str, peft: Any, seen: Seen) -> None:
     """OnlineDPO and PPO read what the model says at padding, in metrics: it stays, and looks on."""
     without = {"ref_model": None} if trainer == "PPO" and peft else {}
     steps = {} if trainer == "PPO" else {"max_steps": 2}
-    check(Case(trainer, {**ONE_STEP[trainer], **steps}, peft=peft, extra=lambda path: without))
+    check_noted(Case(trainer, {**ONE_STEP[trainer], **steps}, peft=peft, extra=lambda path: without))
     if trainer == "PPO":  # whose batches have a prompt once, and padding where an answer happens to end
         assert seen.rows
         assert not seen.padded
@@ -107,7 +123,7 @@ def softcap_left_out(family: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3-text", "phi3", "qwen3", "cohere"])
 def test_family(family: str, trainer: str, seen: Seen) -> None:
     """Windows of 16 tokens, alternating ones, norms of queries and keys, scaled scores, layers in parallel."""
-    check(Case(trainer, ONE_STEP[trainer], family=family), softcap_left_out(family))
+    check_noted(Case(trainer, ONE_STEP[trainer], family=family), softcap_left_out(family))
     seen.assert_packed()
 
 
@@ -131,7 +147,7 @@ def test_softcap(attention: str, seen: Seen, monkeypatch: pytest.MonkeyPatch) ->
 def test_gradient_checkpointing(reentrant: bool, peft: Any, seen: Seen) -> None:
     """The layout reaches the layers when they are run again in backward."""
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    check(Case("GRPO", {"max_steps": 1, "steps_per_generation": 1, **options}, peft=peft))
+    check_noted(Case("GRPO", {"max_steps": 1, "steps_per_generation": 1, **options}, peft=peft))
     seen.assert_packed()
     assert len(seen.rows) == 1
     checked = 2  # two layers, when the model was asked whether it may
@@ -139,27 +155,27 @@ def test_gradient_checkpointing(reentrant: bool, peft: Any, seen: Seen) -> None:
 
 
 def test_reference_adapter(seen: Seen) -> None:
-    check(Case("GRPO", ONE_STEP["GRPO"], family="qwen2-untied", model=adapted(lora())))
+    check_noted(Case("GRPO", ONE_STEP["GRPO"], family="qwen2-untied", model=adapted(lora())))
     seen.assert_packed()
 
 
 def test_adapter_on_the_head(seen: Seen) -> None:
     """TRL 1.15 and later refuse it; through our own forward there."""
     case = Case("OnlineDPO", {"max_steps": 1}, family="qwen2-untied", peft=lora("q_proj", "lm_head"))
-    check(case)
+    check_noted(case)
     seen.assert_packed()
 
 
 @pytest.mark.parametrize("trainer", ["GRPO", "DPO", "OnlineDPO"])
 def test_autocast(trainer: str, seen: Seen) -> None:
     unclipped = {"epsilon": 0.99, "epsilon_high": 100.0} if trainer == "GRPO" else {}
-    check(Case(trainer, {**ONE_STEP[trainer], "bf16": True, **unclipped}, dtype=torch.bfloat16, peft=lora()))
+    check_noted(Case(trainer, {**ONE_STEP[trainer], "bf16": True, **unclipped}, dtype=torch.bfloat16, peft=lora()))
     seen.assert_packed()
 
 
 @pytest.mark.parametrize("trainer", ["GRPO", "DPO"])
 def test_patched_after_construction(trainer: str, seen: Seen) -> None:
-    check(Case(trainer, ONE_STEP[trainer]), late=True)
+    check_noted(Case(trainer, ONE_STEP[trainer]), late=True)
     seen.assert_packed()
 
 
@@ -176,7 +192,7 @@ def test_patched_after_construction(trainer: str, seen: Seen) -> None:
 )
 def test_grpo_options(options: dict[str, Any], seen: Seen) -> None:
     """What reads per-token results or their shape; old TRL's LUSPO averages over padding."""
-    check(Case("GRPO", {"beta": 0.1, **options}))
+    check_noted(Case("GRPO", {"beta": 0.1, **options}))
     assert seen.shared
 
 
@@ -184,7 +200,7 @@ def test_chunks_of_tokens_are_fewer(seen: Seen) -> None:
     """The old and reference passes take the rows of two micro-batches at once where these fit."""
     options = {"per_device_train_batch_size": 2, "steps_per_generation": 4, "num_generations": 4, "beta": 0.1}
     case = Case("GRPO", {"max_steps": 4, "num_iterations": 2, **options})
-    check(case)
+    check_noted(case)
     grown = [rows.shape[0] for rows in seen.rows]
     assert max(grown) > 2
     with patched():
@@ -195,13 +211,15 @@ def test_chunks_of_tokens_are_fewer(seen: Seen) -> None:
 
 
 def test_wpo(seen: Seen) -> None:
-    check(Case("DPO", {"max_steps": 1, "use_weighting": True, "precompute_ref_log_probs": True}))
+    check_noted(Case("DPO", {"max_steps": 1, "use_weighting": True, "precompute_ref_log_probs": True}))
     seen.assert_packed()
 
 
 def test_experts(seen: Seen) -> None:
     """The routers' load-balancing loss counts every token; without it experts are as packable as anything."""
-    kept = check(Case("GRPO", {"max_steps": 1, "router_aux_loss_coef": 0.5}, "qwen3-moe"), ("load-balancing loss",))
+    kept = check_noted(
+        Case("GRPO", {"max_steps": 1, "router_aux_loss_coef": 0.5}, "qwen3-moe"), ("load-balancing loss",)
+    )
     assert not seen.rows
     assert kept.kernel
     seen.padded = 0
@@ -212,7 +230,7 @@ def test_experts(seen: Seen) -> None:
     options: dict[str, Any] = {"max_steps": 1}
     if "router_aux_loss_coef" in inspect.signature(trl.DPOConfig).parameters:
         options["router_aux_loss_coef"] = 0.0
-    check(Case("DPO", options, "qwen3-moe", model=quiet, extra=lambda path: {"ref_model": quiet(path)}))
+    check_noted(Case("DPO", options, "qwen3-moe", model=quiet, extra=lambda path: {"ref_model": quiet(path)}))
     seen.assert_packed()
 
 
@@ -221,7 +239,7 @@ def test_dropout_is_not_shared(seen: Seen) -> None:
     case = Case("DPO", {"max_steps": 1, "disable_dropout": False}, peft=lora(lora_dropout=0.5))
     with patched() as path:
         run(case)
-    assert any("activations are dropped out" in note for note in path.notes)
+    assert any("activations are dropped out" in note for note in said(path))
     assert seen.rows
     assert not seen.shared
 
@@ -232,7 +250,7 @@ def test_attention_on_the_padded_batch(trainer: str, seen: Seen, monkeypatch: py
     monkeypatch.setenv("TRL_TURBO_PACKING", "0")
     monkeypatch.setenv("TRL_TURBO_ATTENTION", "1")
     family = "gemma2" if trainer == "DPO" else "qwen2"
-    check(Case(trainer, ONE_STEP[trainer], family=family), softcap_left_out(family))
+    check_noted(Case(trainer, ONE_STEP[trainer], family=family), softcap_left_out(family))
     assert not seen.rows
     assert seen.calls > 4
 

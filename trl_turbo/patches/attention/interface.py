@@ -157,7 +157,7 @@ def _without_layout(
     softcap, batch, length = kwargs.get("softcap"), query.shape[0], query.shape[2]
     # sdpa's mask is left out where it is all of what is causal, a window within it included
     if mask is None and length > 1 and key.shape[2] == length and not dropout and _plain(module, query, value, kwargs):
-        layout = Layout(_equal(batch, length, query.device))
+        layout = Layout(equal_segments(batch, length, query.device))
         return over_layout(query, key, value, layout, scaling, None, softcap)
     if kwargs.get("s_aux") is not None:
         raise UnsupportedAttentionError(
@@ -207,5 +207,6 @@ def _capped(
 
 
 @functools.lru_cache(maxsize=8)
-def _equal(batch: int, length: int, device: torch.device) -> Segments:
+def equal_segments(batch: int, length: int, device: torch.device) -> Segments:
+    """A batch of rows without padding, for which attention may have a faster kernel than over sequences."""
     return Segments.build([length] * batch, device=device)

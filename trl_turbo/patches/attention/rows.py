@@ -33,6 +33,7 @@ class Rows:
         index: int64 [T + P], where in the padded batch, as [B * L], each token of the packed row is, onlookers last.
         shape: (B, L).
         holes: Whether padding lies between tokens of one row, so that columns count it and sequences do not.
+        full: Whether there is no padding at all.
         onlookers: The P tokens of padding of which something is asked, `None` where there are none.
     """
 
@@ -40,7 +41,13 @@ class Rows:
     index: torch.Tensor
     shape: tuple[int, int]
     holes: bool
+    full: bool
     onlookers: Onlookers | None
+
+    @property
+    def saved(self) -> float:
+        """The share of the batch's positions that the packed row does without."""
+        return 1 - len(self.index) / (self.shape[0] * self.shape[1])
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """`values` [B, L] of the padded batch as a packed row [1, T + P]."""
@@ -92,12 +99,12 @@ def find_rows(
     left_out = torch.where(kept | outside, -1, position_ids)
     short = left_out.amax() > torch.where(kept | outside, position_ids, -1).amax()
     leader = _leaders(leading, input_ids, position_ids) if share else torch.arange(batch, device=column.device)
-    flags = torch.stack((holes, astray, short)).long()
+    flags = torch.stack((holes, astray, short, valid.all())).long()
     numbers = torch.cat((flags, leader, n_leading, n_own, n_outside)).tolist()
 
     if numbers[1]:
         return "the trainer reads what the model says at padding before or between tokens"
-    lengths, prefix, starts = _lay_out(*(numbers[3 + i * batch :][:batch] for i in range(3)))
+    lengths, prefix, starts = _lay_out(*(numbers[4 + i * batch :][:batch] for i in range(3)))
     tokens = sum(lengths)
     if tokens == 0:
         return None
@@ -111,11 +118,11 @@ def find_rows(
         lengths, prefix = [*lengths, 1], [*prefix, -1]
         index = torch.cat((index, left_out.argmax().view(1)))
     onlookers = None
-    if any(numbers[3 + 3 * batch :]):
-        onlookers, more = _onlookers(outside, numbers[3 + 3 * batch :], places, kept, flat)
+    if any(numbers[4 + 3 * batch :]):
+        onlookers, more = _onlookers(outside, numbers[4 + 3 * batch :], places, kept, flat)
         index = torch.cat((index, more))
     segments = Segments.build(lengths, prefix, column.device)
-    return Rows(segments, index, (batch, length), bool(numbers[0]), onlookers)
+    return Rows(segments, index, (batch, length), bool(numbers[0]), bool(numbers[3]), onlookers)
 
 
 def _inverse(places: torch.Tensor, flat: torch.Tensor, count: int) -> torch.Tensor:
