@@ -210,6 +210,16 @@ def test_chunks_of_tokens_are_fewer(seen: Seen) -> None:
     assert {rows.shape[0] for rows in seen.rows} == {2}
 
 
+def test_one_forward_of_both_passes(seen: Seen) -> None:
+    """With `shared_pass` the old policy's log-probs come out of the training step's forward, which is packed once."""
+    checkpointed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    options = {"gradient_accumulation_steps": 1, "steps_per_generation": 1, "max_steps": 2, "beta": 0.1}
+    path = check_noted(Case("RLOO", {**options, **checkpointed}, peft=lora()))
+    seen.assert_packed()
+    assert [call.grad for call in path.kernel] == [True, False] * 2, "one pass with gradients, one of the reference"
+    assert len(seen.rows) == 4
+
+
 def test_wpo(seen: Seen) -> None:
     check_noted(Case("DPO", {"max_steps": 1, "use_weighting": True, "precompute_ref_log_probs": True}))
     seen.assert_packed()
