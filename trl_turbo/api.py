@@ -26,6 +26,8 @@ def patch(
     norms: bool | None = None,
     rope: bool | None = None,
     mlp: bool | None = None,
+    attention: bool | None = None,
+    packing: bool | None = None,
     **features: bool | None,
 ) -> Report:
     """Patch TRL in place. Call it anywhere in a script, before or after the imports.
@@ -58,9 +60,14 @@ def patch(
             is proven on the CPU and not yet measured on a GPU, like ``rope`` and ``mlp``.
         rope: The rotary embedding of any model whose ``apply_rotary_pos_emb`` computes what our op does.
         mlp: Gated MLPs of any model, between their own linears, where they compute what our op does.
+        attention: Our attention, which ``attn_implementation="trl_turbo"`` selects, in place of eager and sdpa in the
+            scoring passes of models whose attention computes what ours does. Off unless asked for, like ``packing``:
+            both are proven on the CPU and not yet measured on a GPU.
+        packing: Scoring passes on one packed row: without padding, and with each prompt that several answers share
+            once.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
-            (``rollout``, ``lora``, ``norms``, ``rope`` and ``mlp`` are off).
+            (``attention`` and ``packing`` are off).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:
@@ -87,6 +94,8 @@ def patch(
             "norms": norms,
             "rope": rope,
             "mlp": mlp,
+            "attention": attention,
+            "packing": packing,
             **features,
         },
     )
