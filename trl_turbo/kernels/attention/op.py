@@ -34,8 +34,8 @@ def attention(
     softmax in float32. For backward q, k, v, the result and a float32 [Hq, T] are kept. Under autocast the inputs are
     cast, as torch's own attention casts them. A second derivative raises on CUDA.
 
-    On Hopper, segments of one length without a prefix, a window or a softcap are left to cuDNN, which is faster there; a
-    `deterministic` backward is ours. On the CPU, for float64, and in a graph that torch.compile traces, plain torch
+    On Hopper, segments of one length without a prefix, a window or a softcap are left to cuDNN, which is faster there;
+    a `deterministic` backward is ours. On the CPU, for float64, and in a graph that torch.compile traces, plain torch
     serves, a segment at a time.
 
     Args:
