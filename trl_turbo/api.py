@@ -25,6 +25,8 @@ def patch(
     norms: bool | None = None,
     rope: bool | None = None,
     mlp: bool | None = None,
+    checkpointing: bool | None = None,
+    mlp_tiling: bool | None = None,
     **features: bool | None,
 ) -> Report:
     """Patch TRL in place. Call it anywhere in a script, before or after the imports.
@@ -55,9 +57,13 @@ def patch(
             is proven on the CPU and not yet measured on a GPU, like ``rope`` and ``mlp``.
         rope: The rotary embedding of any model whose ``apply_rotary_pos_emb`` computes what our op does.
         mlp: Gated MLPs of any model, between their own linears, where they compute what our op does.
+        checkpointing: With ``gradient_checkpointing=True``, layers' inputs wait for backward in pinned host memory, to
+            the bit, unless that is short or waiting for the copies takes more than 3 % of forward and backward. Off
+            unless asked for: it is proven on the CPU and not yet measured on a GPU, like ``mlp_tiling``.
+        mlp_tiling: Gated MLPs run at most 8,192 rows at a time, in checkpointed layers and in passes without gradients.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
-            (``rollout``, ``lora``, ``norms``, ``rope`` and ``mlp`` are off).
+            (``rollout``, ``lora``, ``norms``, ``rope``, ``mlp``, ``checkpointing`` and ``mlp_tiling`` are off).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:
@@ -83,6 +89,8 @@ def patch(
             "norms": norms,
             "rope": rope,
             "mlp": mlp,
+            "checkpointing": checkpointing,
+            "mlp_tiling": mlp_tiling,
             **features,
         },
     )

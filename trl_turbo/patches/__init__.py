@@ -9,6 +9,8 @@ from __future__ import annotations
 BUILTIN: tuple[str, ...] = (
     "trl_turbo.patches.logprob",
     "trl_turbo.patches.rollout",
+    # Before what replaces MLPs, so that its tiles are cut around whatever those run
+    "trl_turbo.patches.checkpointing",
     # Before the blocks: what is applied last sees a model first, and an MLP with adapters is one function over theirs
     "trl_turbo.patches.lora",
     "trl_turbo.patches.blocks",
@@ -22,4 +24,6 @@ FEATURES: dict[str, str] = {
     "norms": "RMSNorms that keep their input and one number a row for backward",
     "rope": "rotary embeddings in one pass over queries and keys",
     "mlp": "gated MLPs that keep gate and up alone between their linears",
+    "checkpointing": "gradient checkpointing that keeps layers' inputs in pinned host memory",
+    "mlp_tiling": "gated MLPs that run a tile of the sequence at a time",
 }
