@@ -27,6 +27,7 @@ def patch(
     mlp: bool | None = None,
     checkpointing: bool | None = None,
     mlp_tiling: bool | None = None,
+    memory: bool | None = None,
     **features: bool | None,
 ) -> Report:
     """Patch TRL in place. Call it anywhere in a script, before or after the imports.
@@ -61,9 +62,13 @@ def patch(
             the bit, unless that is short or waiting for the copies takes more than 3 % of forward and backward. Off
             unless asked for: it is proven on the CPU and not yet measured on a GPU, like ``mlp_tiling``.
         mlp_tiling: Gated MLPs run at most 8,192 rows at a time, in checkpointed layers and in passes without gradients.
+        memory: ``status()`` shows what rollouts and training took at the driver beside what :func:`trl_turbo.plan`
+            predicts; running out of memory raises the same error with the plan, what overflowed and the one setting to
+            change, and saves the last completed step first. Off unless asked for, like ``checkpointing``.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
-            (``rollout``, ``lora``, ``norms``, ``rope``, ``mlp``, ``checkpointing`` and ``mlp_tiling`` are off).
+            (``rollout``, ``lora``, ``norms``, ``rope``, ``mlp``, ``checkpointing``, ``mlp_tiling`` and ``memory`` are
+            off).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:
@@ -91,6 +96,7 @@ def patch(
             "mlp": mlp,
             "checkpointing": checkpointing,
             "mlp_tiling": mlp_tiling,
+            "memory": memory,
             **features,
         },
     )

@@ -68,9 +68,9 @@ def test_not_a_bit_changes(name: str, offloader: Offloader) -> None:
     ours = run(case)
     assert_identical(plain, ours)
     lane: Any = offloader.lane
-    # Two layers an input each, of which the first is fetched; each step has a forward and a backward at least
+    # Two layers have an input each, and the last one of a backward is not fetched; PPO's has policy and value model
     assert lane.stored >= 4
-    assert lane.loaded == lane.stored // 2
+    assert lane.loaded == (3 * lane.stored // 4 if case.trainer == "PPO" else lane.stored // 2)
     assert lane.grown == 1
 
 

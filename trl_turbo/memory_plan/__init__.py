@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trl_turbo.memory_plan.prediction import predict as predict
     from trl_turbo.memory_plan.table import MemoryPlan as MemoryPlan
+    from trl_turbo.memory_plan.trainer import plan as plan
 
-__all__ = ["MemoryPlan", "predict"]
+__all__ = ["MemoryPlan", "plan", "predict"]
 
 # Imported when first asked for: all but the table imports torch.
-_LATE = {"MemoryPlan": "table", "predict": "prediction"}
+_LATE = {"MemoryPlan": "table", "plan": "trainer", "predict": "prediction"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -166,7 +166,12 @@ def references(trainer: str, *, adapters: bool, beta: float) -> int:
 
 
 def make(
-    sizes: Sizes, settings: Settings, *, gpu_bytes: int | None = None, context_bytes: int = CONTEXT_BYTES
+    sizes: Sizes,
+    settings: Settings,
+    *,
+    gpu_bytes: int | None = None,
+    context_bytes: int = CONTEXT_BYTES,
+    known: Mapping[str, int] | None = None,
 ) -> MemoryPlan:
     """The plan of a model under settings.
 
@@ -175,7 +180,9 @@ def make(
         settings: The script.
         gpu_bytes: Size of the device.
         context_bytes: The CUDA context.
+        known: Parts that were measured, by name, in the place of those that are predicted.
     """
+    known = dict(known or {})
     always = {
         "weights": sizes.weight_bytes,
         "other models": settings.reference * sizes.weight_bytes,
@@ -184,6 +191,8 @@ def make(
         "CUDA context": context_bytes + WORKSPACE_BYTES,
     }
     engine = _engine(sizes, settings)
+    always |= {part: size for part, size in known.items() if part in always}
+    engine |= {part: size for part, size in known.items() if part not in always}
     cache = engine.pop("KV cache", 0)
     stays = engine if settings.releases_kv or not cache else {**engine, "KV cache": cache}
     trained = always | stays | {"gradients": sizes.trainable_bytes}
@@ -198,10 +207,12 @@ def make(
 
     def again(completion: int) -> MemoryPlan:
         longer = replace(settings, completion=completion)
-        return make(sizes, longer, gpu_bytes=gpu_bytes, context_bytes=context_bytes)
+        left = {part: size for part, size in known.items() if part != "KV cache"}  # which grows with the completion
+        return make(sizes, longer, gpu_bytes=gpu_bytes, context_bytes=context_bytes, known=left)
 
     shown = {moment: {part: size for part, size in parts.items() if size} for moment, parts in moments.items()}
-    return MemoryPlan(shown, asdict(settings), gpu_bytes, tuple(_notes(sizes, settings)), again)
+    described = {**asdict(settings), "features": list(settings.features)}
+    return MemoryPlan(shown, described, gpu_bytes, tuple(_notes(sizes, settings)), again)
 
 
 #: Parts that torch's allocator makes and frees within a step.
@@ -303,8 +314,3 @@ def _notes(sizes: Sizes, settings: Settings) -> Iterable[str]:
         yield "TRL's own path is counted with full logits, as up to 1.14; from 1.15 on it has a fused head"
     if "paged" in settings.optimizer:
         yield "a paged optimizer's state is in memory that the driver may move to the host: none of it is counted"
-
-
-def names(features: Collection[str]) -> tuple[str, ...]:
-    """Those features that change memory, in their order."""
-    return tuple(name for name in FEATURES if name in features)

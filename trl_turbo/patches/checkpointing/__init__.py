@@ -6,6 +6,7 @@ import functools
 import sys
 from typing import TYPE_CHECKING
 
+from trl_turbo.compat.versions import unmet
 from trl_turbo.hookspecs import hookimpl
 from trl_turbo.patches.lazy import late_patch
 from trl_turbo.patching import Patch
@@ -15,22 +16,29 @@ if TYPE_CHECKING:
     from trl_turbo.report import Report
 
 TRANSFORMERS = "transformers>=4.56.2"
+TRL = "trl>=0.29.1,<1.13"
+WITHOUT_PPO = "trl>=1.13"
+PPO = "trl.experimental.ppo.ppo_trainer"
 
 _patch = functools.partial(late_patch, __name__)
 
 
 @hookimpl
-def turbo_patches(env: Env) -> list[Patch]:  # noqa: ARG001
+def turbo_patches(env: Env) -> list[Patch]:
     """The patches of this seam."""
     modeling, accelerator = "transformers.modeling_utils", "accelerate.accelerator"
     offload = "with gradient_checkpointing=True, the inputs of layers wait for backward in pinned host memory"
     inside = "marks the layers that are checkpointed, in which an MLP is made again anyway"
     tiles = "gated MLPs of checkpointed layers, and those of passes without gradients, run a tile of rows at a time"
-    return [
+    patches = [
         _patch("checkpointing", TRANSFORMERS, "layers", modeling, "models", offload, "checkpointing"),
         _patch("mlp_tiling", TRANSFORMERS, "layers", modeling, "models", inside, "mlp_tiling"),
         _patch("mlp_tiling", TRANSFORMERS, "models", accelerator, "tiled", tiles),
     ]
+    if unmet((WITHOUT_PPO,), env.versions) is not None:
+        summary = "PPO enables the gradient checkpointing that its configuration asks for"
+        patches.append(_patch("checkpointing", TRL, "ppo", PPO, "ppo", summary))
+    return patches
 
 
 @hookimpl

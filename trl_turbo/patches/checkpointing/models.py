@@ -30,9 +30,14 @@ def probe(module: ModuleType, feature: str) -> str | None:
     method = getattr(getattr(module, "PreTrainedModel", None), METHOD, None)
     if method is None or ARGUMENT not in inspect.signature(method).parameters:
         return f"PreTrainedModel.{METHOD} takes no {ARGUMENT}"
-    if feature == "checkpointing" and not offload.has_device():
-        return "there is no CUDA device: layers' inputs are in host memory already, and there is nothing to offload"
-    return None
+    return without_device() if feature == "checkpointing" else None
+
+
+def without_device() -> str | None:
+    """Say that nothing can be offloaded, or return `None`."""
+    if offload.has_device():
+        return None
+    return "there is no CUDA device: layers' inputs are in host memory already, and there is nothing to offload"
 
 
 def build(module: ModuleType, feature: str) -> Iterator[Replacement]:
