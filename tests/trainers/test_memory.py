@@ -30,7 +30,7 @@ CASES = {
 
 
 def runs_out(trainer: Any, *, at_step: int, sampling: bool = False) -> None:
-    """Let the model raise in the step after `at_step` completed ones, where it has gradients or, sampling, where not."""
+    """Let the model raise once `at_step` steps are completed, where it has gradients or, sampling, where not."""
     model = trainer.accelerator.unwrap_model(trainer.model)
 
     def hook(*_: Any) -> None:

@@ -21,8 +21,8 @@ def probe(module: ModuleType) -> str | None:
     owner = getattr(module, "PPOTrainer", None)
     if owner is None:
         return f"{module.__name__} has no PPOTrainer"
-    if not hasattr(getattr(module, "PolicyAndValueWrapper", None), "gradient_checkpointing_enable"):
-        return f"{module.__name__} has no PolicyAndValueWrapper whose checkpointing can be enabled"
+    if not hasattr(module, "PolicyAndValueWrapper"):
+        return f"{module.__name__} has no PolicyAndValueWrapper"
     return misfit(owner, {"train": ("self",)}) or without_device()
 
 
@@ -37,6 +37,9 @@ def _enabled_first(original: Callable[..., Any]) -> Callable[..., Any]:
         if self.args.gradient_checkpointing:
             both = self.accelerator.unwrap_model(self.model)
             settings = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
+            if not hasattr(both, "gradient_checkpointing_enable"):  # 0.29.1, where generation looks for them alike
+                both.gradient_checkpointing_enable = functools.partial(_enable, both)
+                both.gradient_checkpointing_disable = functools.partial(_disable, both)
             if not both.is_gradient_checkpointing:
                 both.gradient_checkpointing_enable(**settings)
             if not both.value_model.is_gradient_checkpointing:
@@ -44,3 +47,13 @@ def _enabled_first(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return train
+
+
+def _enable(both: Any, **kwargs: Any) -> None:
+    both.policy.gradient_checkpointing_enable(**kwargs)
+    both.is_gradient_checkpointing = True
+
+
+def _disable(both: Any) -> None:
+    both.policy.gradient_checkpointing_disable()
+    both.is_gradient_checkpointing = False
