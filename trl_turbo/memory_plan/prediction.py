@@ -14,7 +14,18 @@ from trl_turbo.memory_plan.sizes import Sizes
 from trl_turbo.memory_plan.table import BACKWARD, ROLLOUT, SCORING, MemoryPlan
 
 MIB = 1 << 20
-FEATURES = ("logprob", "rollout", "lora", "norms", "rope", "mlp", "checkpointing", "mlp_tiling")
+FEATURES = (
+    "logprob",
+    "rollout",
+    "lora",
+    "norms",
+    "rope",
+    "mlp",
+    "attention",
+    "packing",
+    "checkpointing",
+    "mlp_tiling",
+)
 TRAINERS = ("grpo", "rloo", "dpo", "online_dpo", "ppo")
 #: Taken where no device is there to ask: the CUDA context with the kernels that are loaded on first use.
 CONTEXT_BYTES = 600 * MIB
@@ -71,8 +82,19 @@ class Settings:
 
     @property
     def tokens(self) -> int:
-        """Tokens in one forward."""
-        return self.sequences * (self.prompt + self.completion)
+        """Tokens in one forward: answers that are packed have their prompt in common."""
+        prompts = self.micro_batch if self.trainer in ("dpo", "online_dpo") else 1
+        return self.sequences * self.completion + (prompts if self.packed else self.sequences) * self.prompt
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences of a forward are one row."""
+        return "packing" in self.features and self.trainer != "ppo"
+
+    @property
+    def masked(self) -> bool:
+        """Whether sdpa takes a mask."""
+        return self.padded and self.sequences > 1 and not {"packing", "attention"} & set(self.features)
 
 
 def predict(
@@ -270,7 +292,7 @@ def _sampling(sizes: Sizes, settings: Settings) -> dict[str, int]:
 
 def _activations(sizes: Sizes, settings: Settings) -> tuple[dict[str, int], int]:
     """What all layers keep between forward and backward, by part, and what the backward of one takes on top."""
-    layer = layer_bytes(sizes, settings.tokens, settings.features, repeated_kv=settings.padded)
+    layer = layer_bytes(sizes, settings.tokens, settings.features, repeated_kv=settings.masked)
     one_input = settings.tokens * sizes.hidden * sizes.itemsize
     if not settings.gradient_checkpointing:
         return {"activations": (sizes.layers - 1) * layer.kept}, layer.peak
@@ -282,7 +304,7 @@ def _activations(sizes: Sizes, settings: Settings) -> tuple[dict[str, int], int]
 
 def _mask(settings: Settings) -> dict[str, int]:
     """A mask of sdpa for every sequence: one byte a pair of tokens, and the 16-bit bias that the kernel makes of it."""
-    if not settings.padded or settings.sequences == 1:
+    if not settings.masked:
         return {}
     return {"attention mask": 3 * settings.sequences * (settings.prompt + settings.completion) ** 2}
 
