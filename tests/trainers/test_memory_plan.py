@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import weakref
 from collections.abc import Iterator
@@ -66,20 +65,6 @@ def test_weights_and_adapters_of_a_configuration_are_those_of_the_model(family: 
     assert found.trainable == real.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (found.groups, found.norms, found.inner) == (real.groups, real.norms, real.inner)
     assert found.inner == 384
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_weights_in_four_bits(tmp_path: Any) -> None:
-    from transformers import BitsAndBytesConfig
-
-    settings = config(hidden_size=256, intermediate_size=512)
-    AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four_bit, dtype=torch.bfloat16)
-    real, found = model_sizes.of_model(model), model_sizes.of_config(settings, rank=4, load_in_4bit=True)
-    assert real.packed
-    assert real.weight_bytes == pytest.approx(found.weight_bytes, rel=0.005)
-    assert real.groups == tuple(tuple(type(x)(x.inputs, x.outputs) for x in group) for group in found.groups)
 
 
 class Live(TorchDispatchMode):
