@@ -254,6 +254,15 @@ def test_bad_settings(settings: dict[str, Any], words: str) -> None:
         predict(config(), **settings)
 
 
+def test_what_is_not_counted_is_said() -> None:
+    experts = transformers.Qwen3MoeConfig(
+        vocab_size=211, hidden_size=64, num_hidden_layers=2, num_experts=4, moe_intermediate_size=32, head_dim=16
+    )
+    assert any("experts" in note for note in predict(experts).notes)
+    assert not predict(config()).notes
+    assert any("full logits" in note for note in predict(config(), features=()).notes)
+
+
 def test_a_model_without_layers() -> None:
     class Odd(nn.Module):
         config = config()
