@@ -42,7 +42,8 @@ def config(family: str = "Qwen2Config", **settings: Any) -> Any:
 
 def made(family: str, rank: int, adapter_dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(family), dtype=torch.bfloat16, attn_implementation="sdpa")
+    kwargs = {} if family == "Gemma2Config" else {"attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_config(config(family), dtype=torch.bfloat16, **kwargs)
     if rank:
         from peft import LoraConfig, get_peft_model
 
