@@ -258,6 +258,36 @@ def _probe(probe: dict[str, Any]) -> list[str]:
     return [f"{probe['completion']:,}", f"{probe['peak_gb']:.1f}", f"{probe['micro_batch_s'][-1]:.1f}"]
 
 
+def attention() -> str:
+    """The section's tables, in Markdown; says so where nothing was measured yet."""
+    path = RESULTS / "attention.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    about, results = data["environment"], data["results"]
+    peers = [name for row in results for name in row["both"]["timings"] if name != "trl_turbo"]
+    peers = list(dict.fromkeys(peers))
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
+        f"{about['triton']}.",
+        "",
+        "![attention](../benchmarks/results/attention.png)",
+    ]
+    for phase in ("forward", "backward", "both"):
+        lines += ["", f"{phase.capitalize()}:", ""]
+        lines.append(f"| batch | tokens | heads | trl_turbo | TFLOP/s | {' | '.join(peers)} |")
+        lines.append("|---" * (len(peers) + 5) + "|")
+        for row in results:
+            times = {name: timing["median_ms"] for name, timing in row[phase]["timings"].items()}
+            cells = [row["case"], f"{row['tokens']:,}", f"{row['heads']}/{row['key_heads']}"]
+            cells += [f"{times['trl_turbo']:.2f}", f"{row[phase]['tflops']:.0f}"]
+            for name in peers:
+                ratio = f"{times[name]:.2f} ({times[name] / times['trl_turbo']:.2f}x)" if name in times else "-"
+                cells.append(ratio)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 SECTIONS = {
     "grpo": grpo,
     "trainers": trainers,
@@ -267,6 +297,7 @@ SECTIONS = {
     "lora_fold": lora_fold,
     "lora": lora,
     "blocks": blocks,
+    "attention": attention,
 }
 
 

@@ -21,6 +21,7 @@ def patch(
     rollout_adapter: Literal["auto", "merged", "served"] | None = None,
     rollout_burst: Literal["auto", "off"] | None = None,
     rollout_kv_cache_dtype: Literal["auto", "fp8"] | None = None,
+    shared_pass: bool | None = None,
     lora: bool | None = None,
     norms: bool | None = None,
     rope: bool | None = None,
@@ -52,6 +53,8 @@ def patch(
         rollout_kv_cache_dtype: ``"fp8"`` halves the KV cache of a 16-bit model; samples then come from a slightly
             different policy. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE``, and that to ``auto``, the
             model's own dtype.
+        shared_pass: GRPO and RLOO score a rollout under the policy that sampled it with the forward of the training
+            step, where one step trains on all of it. Off unless asked for: it is not yet measured on a GPU.
         lora: PEFT's LoRA layers over bf16, fp16, fp32 and bitsandbytes bases, the projections of attention together and
             gated MLPs as one function. Off unless asked for: it is proven on the CPU and not yet measured on a GPU.
         norms: RMSNorms of any model that computes what our op does, found out on random input. Off unless asked for: it
@@ -90,6 +93,7 @@ def patch(
             "rollout_adapter": rollout_adapter,
             "rollout_burst": rollout_burst,
             "rollout_kv_cache_dtype": rollout_kv_cache_dtype,
+            "shared_pass": shared_pass,
             "lora": lora,
             "norms": norms,
             "rope": rope,

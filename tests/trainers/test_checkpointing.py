@@ -19,7 +19,7 @@ from trl_turbo.patches.checkpointing.offload import Offloader
 from .adapters import adapted, lora
 from .lanes import LateLane
 from .lora_models import ALL
-from .models import folder, load
+from .models import folder, load, turn_off
 from .parity import skip_unless_known, stock
 from .rule import assert_identical, assert_same
 from .runs import Case, build, run, train
@@ -52,7 +52,7 @@ CASES: dict[str, Case] = {
 def offloader(monkeypatch: pytest.MonkeyPatch) -> Offloader:
     """Turn the feature on, alone, with inputs of any size on their way between two kinds of host memory."""
     monkeypatch.setenv("TRL_TURBO_CHECKPOINTING", "1")
-    monkeypatch.setenv("TRL_TURBO_LOGPROB", "0")
+    turn_off(monkeypatch)
     found = Offloader(LateLane(), smallest_bytes=0)
     monkeypatch.setattr(offload, "has_device", lambda: True)
     monkeypatch.setattr(offload, "offloader_of", lambda device: found)
@@ -137,7 +137,7 @@ def test_tiles_train_as_stock_does(name: str, together: bool, monkeypatch: pytes
     case = TILED[name]
     skip_unless_known(case)
     plain, *perturbed = stock(case)
-    monkeypatch.setenv("TRL_TURBO_LOGPROB", "0")
+    turn_off(monkeypatch)
     for feature in ("mlp_tiling", *(("lora", "norms", "mlp") if together else ())):
         monkeypatch.setenv(f"TRL_TURBO_{feature.upper()}", "1")
     monkeypatch.setattr(tiled, "TILE_ROWS", 5)
@@ -154,7 +154,7 @@ def test_tiles_train_as_stock_does(name: str, together: bool, monkeypatch: pytes
 def test_tiles_leave_dropout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("GRPO", NON, peft=lora(*ALL, lora_dropout=0.2))
     plain = stock(case)[0]
-    monkeypatch.setenv("TRL_TURBO_LOGPROB", "0")
+    turn_off(monkeypatch)
     monkeypatch.setattr(tiled, "TILE_ROWS", 5)
     report = trl_turbo.patch(mlp_tiling=True, strict=True, verbose=False)
     assert_identical(plain, run(case))

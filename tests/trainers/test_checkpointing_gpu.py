@@ -19,7 +19,7 @@ from trl_turbo.patches.checkpointing.offload import Offloader
 
 from .adapters import lora
 from .lora_models import ALL
-from .models import VARIANTS
+from .models import VARIANTS, turn_off
 from .parity import skip_unless_known, stock
 from .rule import Outcome, assert_identical, assert_same
 from .runs import Case, run
@@ -144,7 +144,7 @@ def test_trainings_are_stocks_to_the_bit(name: str, monkeypatch: pytest.MonkeyPa
     case = CASES[name]
     skip_unless_known(case)
     plain = run(case)
-    monkeypatch.setenv("TRL_TURBO_LOGPROB", "0")
+    turn_off(monkeypatch)
     found = Offloader(CudaLane(device), smallest_bytes=0)
     monkeypatch.setattr(offload, "offloader_of", lambda _: found)
     trl_turbo.patch(checkpointing=True, strict=True, verbose=False)
@@ -157,19 +157,20 @@ def test_trainings_are_stocks_to_the_bit(name: str, monkeypatch: pytest.MonkeyPa
 def test_tiles_train_as_stock_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     plain, *perturbed = stock(case)
-    monkeypatch.setenv("TRL_TURBO_LOGPROB", "0")
+    turn_off(monkeypatch)
     monkeypatch.setattr(tiled, "TILE_ROWS", 16)
     trl_turbo.patch(mlp_tiling=True, strict=True, verbose=False)
     assert_same(plain, run(case), perturbed, case.dtype)
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
-def test_optimizers_in_eight_bits(optim: str) -> None:
+def test_optimizers_in_eight_bits(optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script asks for it, and nothing of ours is in its way: what it updates is stock's."""
     pytest.importorskip("bitsandbytes")
     case = Case("GRPO", {**NON, "optim": optim}, peft=lora(*ALL))
     plain = run(case)
-    trl_turbo.patch(logprob=False, checkpointing=True, memory=True, strict=True, verbose=False)
+    turn_off(monkeypatch)
+    trl_turbo.patch(checkpointing=True, memory=True, strict=True, verbose=False)
     assert_stocks(case, run(case), plain)
 
 

@@ -14,6 +14,7 @@ import trl_turbo
 from trl_turbo.patches.memory import steps
 
 from .adapters import lora
+from .models import turn_off
 from .parity import skip_unless_known, stock
 from .rule import Outcome, assert_identical
 from .runs import Case, build, run, train
@@ -54,7 +55,7 @@ def failed(case: Case, at_step: int, **options: Any) -> tuple[Any, str]:
 
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("TRL_TURBO_LOGPROB", "0")
+    turn_off(monkeypatch)
     return trl_turbo.patch(memory=True, strict=True, verbose=False)
 
 

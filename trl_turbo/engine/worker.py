@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
 from vllm.v1.worker.gpu_worker import Worker
 
 from trl_turbo.engine.burst import Executes
@@ -52,6 +54,23 @@ class SharedWorker(Executes, Worker):
             return super().compile_or_warm_up_model()
         finally:
             del self.model_runner.capture_model
+
+    def sleep(self, level: int = 1) -> None:  # noqa: ARG002 (whatever the level, the cache alone is given up)
+        """Give the KV cache's memory back to the driver.
+
+        vLLM's own way also collects all garbage and empties torch's cache, which the training step then fills anew:
+        both would be waited for after each rollout.
+        """
+        torch.cuda.synchronize()
+        for data in CuMemAllocator.get_instance().pointer_to_data.values():
+            if not data.is_asleep:
+                unmap_and_release(data.handle)
+                data.is_asleep = True
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """As vLLM's; what the training step left in torch's cache makes room for the KV cache first."""
+        torch.cuda.empty_cache()
+        super().wake_up(tags)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[object]:
         if tag == "weights":

@@ -13,6 +13,8 @@ BUILTIN: tuple[str, ...] = (
     "trl_turbo.patches.rollout",
     # Before what replaces MLPs, so that its tiles are cut around whatever those run
     "trl_turbo.patches.checkpointing",
+    # After the log-prob: it goes around what that does to a scoring pass
+    "trl_turbo.patches.shared_pass",
     # Before the blocks: what is applied last sees a model first, and an MLP with adapters is one function over theirs
     "trl_turbo.patches.lora",
     "trl_turbo.patches.blocks",
@@ -22,6 +24,7 @@ BUILTIN: tuple[str, ...] = (
 FEATURES: dict[str, str] = {
     "logprob": "fused per-token log-prob, entropy and DPO statistics that never form a [N, V] tensor",
     "rollout": "rollouts from a colocated vLLM that reads the trainer's own weights: no copy, no sync",
+    "shared_pass": "one forward for the old policy's log-probs and the training step, where both are the same",
     "lora": "LoRA layers, and MLPs of them, that keep their input once for backward",
     "norms": "RMSNorms that keep their input and one number a row for backward",
     "rope": "rotary embeddings in one pass over queries and keys",

@@ -1,0 +1,217 @@
+"""The launchers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from trl_turbo.kernels.rows import on
+
+from .kernel_delta import delta_kernel
+from .kernel_forward import forward_kernel
+from .kernel_key import key_kernel, sum_kernel
+from .kernel_query import query_kernel
+from .plan import Tile, fused, processors, tile_of
+from .segments import Segments
+from .spec import Spec
+from .tables import key_work, query_tiles
+
+# A row's offset inside of a tile is 32 bits wide
+_WIDEST_STRIDE = (1 << 31) // 256
+_SUM_ROWS = 32
+_DELTA_ROWS = 64
+
+
+def forward(
+    q: torch.Tensor,  # [T, Hq, D]
+    k: torch.Tensor,  # [T, Hkv, D]
+    v: torch.Tensor,  # [T, Hkv, D]
+    segments: Segments,
+    spec: Spec,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [T, Hq, D] and, for backward, log2 of each row's sum [Hq, T] in float32."""
+    q, k, v = (_rows(x) for x in (q, k, v))
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    tile = _tile("forward", q)
+    table = query_tiles(segments, tile.block, spec.window)
+    with on(q.device):
+        forward_kernel[(len(table) * q.shape[1],)](
+            *_strided(q, k, v, o),
+            lse,
+            lse.stride(0),
+            table,
+            *_numbers(spec),
+            HEADS=q.shape[1],
+            PREFIX=segments.shared,
+            **_constants(q, k, spec, tile),
+        )
+    return o, lse
+
+
+def backward(
+    grad_o: torch.Tensor,  # [T, Hq, D]
+    q: torch.Tensor,  # [T, Hq, D]
+    k: torch.Tensor,  # [T, Hkv, D]
+    v: torch.Tensor,  # [T, Hkv, D]
+    o: torch.Tensor,  # [T, Hq, D]
+    lse: torch.Tensor,  # [Hq, T]
+    segments: Segments,
+    spec: Spec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v: by a pass over queries and one over keys, or by one that makes all (`plan.fused`)."""
+    grad_o, q, k, v = (_rows(x) for x in (grad_o, q, k, v))
+    with on(q.device):
+        if fused(_columns(q.shape[2]), q.dtype) and not (
+            spec.deterministic or torch.are_deterministic_algorithms_enabled()
+        ):
+            stats = statistics(o, grad_o, lse)
+            sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+            grad_k, grad_v = keys(grad_o, q, k, v, stats, segments, spec, sums)
+            grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            return torch.mul(sums, spec.scale, out=grad_q), grad_k, grad_v
+        grad_q, stats = queries(grad_o, q, k, v, o, lse, segments, spec)
+        return grad_q, *keys(grad_o, q, k, v, stats, segments, spec)
+
+
+def statistics(
+    o: torch.Tensor,  # [T, Hq, D]
+    grad_o: torch.Tensor,  # [T, Hq, D]
+    lse: torch.Tensor,  # [Hq, T]
+) -> torch.Tensor:
+    """lse and the sums of o * grad_o over the columns, [Hq, T, 2] in float32."""
+    tokens, heads, width = o.shape
+    stats = torch.empty(heads, tokens, 2, dtype=torch.float32, device=o.device)
+    delta_kernel[(triton.cdiv(tokens, _DELTA_ROWS) * heads,)](
+        *_strided(o, grad_o),
+        lse,
+        lse.stride(0),
+        stats,
+        tokens,
+        HEADS=heads,
+        D=width,
+        COLUMNS=_columns(width),
+        BLOCK=_DELTA_ROWS,
+    )
+    return stats
+
+
+def queries(
+    grad_o: torch.Tensor,  # [T, Hq, D]
+    q: torch.Tensor,  # [T, Hq, D]
+    k: torch.Tensor,  # [T, Hkv, D]
+    v: torch.Tensor,  # [T, Hkv, D]
+    o: torch.Tensor,  # [T, Hq, D]
+    lse: torch.Tensor,  # [Hq, T]
+    segments: Segments,
+    spec: Spec,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of q, and `statistics` on the way."""
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    stats = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
+    tile = _tile("query", q)
+    table = query_tiles(segments, tile.block, spec.window)
+    query_kernel[(len(table) * q.shape[1],)](
+        *_strided(q, k, v, o, grad_o, grad_q),
+        lse,
+        lse.stride(0),
+        stats,
+        table,
+        *_numbers(spec),
+        HEADS=q.shape[1],
+        PREFIX=segments.shared,
+        **_constants(q, k, spec, tile),
+    )
+    return grad_q, stats
+
+
+def keys(
+    grad_o: torch.Tensor,  # [T, Hq, D]
+    q: torch.Tensor,  # [T, Hq, D]
+    k: torch.Tensor,  # [T, Hkv, D]
+    v: torch.Tensor,  # [T, Hkv, D]
+    stats: torch.Tensor,  # [Hq, T, 2]
+    segments: Segments,
+    spec: Spec,
+    grad_q: torch.Tensor | None = None,  # [T, Hq, D]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of k and v; where `grad_q` is given, a float32 tensor, that of q over the scale is added to it."""
+    grad_k, grad_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    tile = _tile("key" if grad_q is None else "all", q)
+    heads, width = k.shape[1:]
+    work = key_work(segments, tile.block, tile.step, q.shape[1] // heads, heads, spec.window, processors(q.device))
+    sums = torch.empty(work.slots, heads, 2, tile.block, width, dtype=torch.float32, device=k.device)
+    key_kernel[(len(work.items) * heads,)](
+        *_strided(q, k, v, grad_o),
+        grad_k,
+        grad_v,
+        *grad_k.stride()[:2],
+        *_strided(stats if grad_q is None else grad_q),
+        sums,
+        stats.view(torch.int64),
+        stats.shape[1],
+        work.items,
+        work.runs,
+        *_numbers(spec),
+        HEADS=heads,
+        **_constants(q, k, spec, tile),
+        QUERIES=grad_q is not None,
+    )
+    if work.slots:
+        rows = min(_SUM_ROWS, tile.block)
+        sum_kernel[(len(work.parts) * heads * (tile.block // rows),)](
+            sums,
+            grad_k,
+            grad_v,
+            *grad_k.stride()[:2],
+            work.parts,
+            HEADS=heads,
+            D=width,
+            COLUMNS=_columns(width),
+            BLOCK=tile.block,
+            ROWS=rows,
+        )
+    return grad_k, grad_v
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [T, H, D], copied where its strides are not those that the kernels take."""
+    fits = x.stride(2) == 1 and 0 <= x.stride(0) < _WIDEST_STRIDE
+    return x if fits else x.contiguous()
+
+
+def _strided(*tensors: torch.Tensor) -> list[torch.Tensor | int]:
+    """Each tensor with its two strides."""
+    return [y for x in tensors for y in (x, x.stride(0), x.stride(1))]
+
+
+def _columns(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _tile(which: str, q: torch.Tensor) -> Tile:
+    return tile_of(which, _columns(q.shape[2]), q.dtype, q.device)
+
+
+def _numbers(spec: Spec) -> tuple[float, float, int]:
+    return spec.scale, spec.softcap or 0.0, spec.window or 0
+
+
+def _constants(q: torch.Tensor, k: torch.Tensor, spec: Spec, tile: Tile) -> dict[str, object]:
+    return {
+        "GROUP": q.shape[1] // k.shape[1],
+        "WINDOW": spec.window is not None,
+        "SOFTCAP": spec.softcap is not None,
+        "PRECISION": _precision(q.dtype),
+        "D": q.shape[2],
+        "COLUMNS": _columns(q.shape[2]),
+        "BLOCK": tile.block,
+        "STEP": tile.step,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as torch is told to."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
