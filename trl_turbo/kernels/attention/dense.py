@@ -44,11 +44,10 @@ def attend(
 ) -> torch.Tensor:
     """`attention` [T, Hq, D] of segments of one length, differentiable by autograd."""
     count, length = len(segments.lengths), segments.lengths[0]
-    rows = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    query, key, value = (x.reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
     with sdpa_kernel(BACKENDS, set_priority=True):
-        found = scaled_dot_product_attention(
-            *rows, is_causal=True, scale=spec.scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        found = scaled_dot_product_attention(query, key, value, is_causal=True, scale=spec.scale, enable_gqa=grouped)
     return found.transpose(1, 2).reshape(q.shape)
 
 
