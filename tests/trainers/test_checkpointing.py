@@ -146,7 +146,8 @@ def test_tiles_train_as_stock_does(name: str, together: bool, monkeypatch: pytes
     monkeypatch.setattr(tiled, "tiled", lambda *args: calls.append(args[1].shape) or function(*args))
     report = trl_turbo.patch(strict=True, verbose=False)
     ours = run(case)
-    assert calls
+    # Our LoRA function has tiles of its own, save under reentrant checkpointing
+    assert bool(calls) != (together and name in ("grpo-lora", "grpo-bf16"))
     assert not [note for note in report.notes if note.feature == "mlp_tiling"]
     assert_same(plain, ours, perturbed, case.dtype)
 
