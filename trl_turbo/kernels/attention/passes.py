@@ -213,5 +213,9 @@ def _constants(q: torch.Tensor, k: torch.Tensor, spec: Spec, tile: Tile) -> dict
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as torch is told to."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How float32 is multiplied: as torch is told to. Where the newer word is set, reading the older one raises."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    word = getattr(matmul, "fp32_precision", None)
+    return "tf32" if (matmul.allow_tf32 if word is None else word == "tf32") else "ieee"
