@@ -19,6 +19,7 @@ from .tables import key_work, query_tiles
 # A row's offset inside of a tile is 32 bits wide
 _WIDEST_STRIDE = (1 << 31) // 256
 _SUM_ROWS = 32
+_LONGEST_STEP = 128
 _DELTA_ROWS = 64
 
 
@@ -79,14 +80,15 @@ def statistics(
     grad_o: torch.Tensor,  # [T, Hq, D]
     lse: torch.Tensor,  # [Hq, T]
 ) -> torch.Tensor:
-    """lse and the sums of o * grad_o over the columns, [Hq, T, 2] in float32."""
+    """lse and the sums of o * grad_o over the columns, [Hq, T + room, 2] in float32."""
     tokens, heads, width = o.shape
-    stats = torch.empty(heads, tokens, 2, dtype=torch.float32, device=o.device)
+    stats = _room_for_stats(lse)
     delta_kernel[(triton.cdiv(tokens, _DELTA_ROWS) * heads,)](
         *_strided(o, grad_o),
         lse,
         lse.stride(0),
         stats,
+        stats.stride(0),
         tokens,
         HEADS=heads,
         D=width,
@@ -108,7 +110,7 @@ def queries(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of q, and `statistics` on the way."""
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    stats = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
+    stats = _room_for_stats(lse)
     tile = _tile("query", q)
     table = query_tiles(segments, tile.block, spec.window)
     query_kernel[(len(table) * q.shape[1],)](
@@ -116,6 +118,7 @@ def queries(
         lse,
         lse.stride(0),
         stats,
+        stats.stride(0),
         table,
         *_numbers(spec),
         HEADS=q.shape[1],
@@ -130,7 +133,7 @@ def keys(
     q: torch.Tensor,  # [T, Hq, D]
     k: torch.Tensor,  # [T, Hkv, D]
     v: torch.Tensor,  # [T, Hkv, D]
-    stats: torch.Tensor,  # [Hq, T, 2]
+    stats: torch.Tensor,  # [Hq, T + room, 2]
     segments: Segments,
     spec: Spec,
     grad_q: torch.Tensor | None = None,  # [T, Hq, D]
@@ -172,6 +175,11 @@ def keys(
             ROWS=rows,
         )
     return grad_k, grad_v
+
+
+def _room_for_stats(lse: torch.Tensor) -> torch.Tensor:
+    """Statistics [Hq, T + room, 2], as steps of queries are read whole."""
+    return torch.empty(lse.shape[0], lse.shape[1] + _LONGEST_STEP, 2, dtype=torch.float32, device=lse.device)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
