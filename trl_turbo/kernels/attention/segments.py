@@ -69,7 +69,10 @@ class Segments:
     @property
     def shared(self) -> bool:
         """Whether any token follows a prefix."""
-        return any(n and p >= 0 and self.lengths[p] for n, p in zip(self.lengths, self.prefix, strict=True))
+        return self.cached(
+            "shared",
+            lambda: any(n and p >= 0 and self.lengths[p] for n, p in zip(self.lengths, self.prefix, strict=True)),
+        )
 
     @property
     def even(self) -> bool:
