@@ -25,7 +25,7 @@ def test_torchs_own_attention_is_that_of_the_segments(monkeypatch):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(15, heads, 8, generator=g, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
     segments = Segments.build([5, 5, 5])
-    found, truth = dense.attend(q, k, v, segments, SPEC), reference.attention_by_segment(q, k, v, segments, SPEC)
+    found, truth = dense.attend(q, k, v, segments, SPEC), reference.attention_reference(q, k, v, segments, SPEC)
     torch.testing.assert_close(found, truth)
     grad = torch.randn(found.shape, generator=g, dtype=torch.float64)
     for mine, right in zip(*(torch.autograd.grad(y, (q, k, v), grad) for y in (found, truth)), strict=True):
@@ -58,7 +58,7 @@ def test_cudnn_is_as_near_the_truth_as_plain_torch(dtype, width):
         y = function(*leaves)
         return y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))
 
-    by_segment = lambda *x: reference.attention_by_segment(*x, segments, spec)  # noqa: E731
+    by_segment = lambda *x: reference.attention_reference(*x, segments, spec)  # noqa: E731
     with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):
         truth, plain = run(by_segment, torch.float64), run(by_segment, dtype)
     for mine, theirs, right in zip(run(lambda *x: attention(*x, segments), dtype), plain, truth, strict=True):
