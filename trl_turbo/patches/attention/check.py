@@ -7,7 +7,7 @@ Three questions, all answered by numbers of the model at hand, in the dtype at h
 - *The whole forward.* With a layout every token's hidden state is that of the stock forward of the padded batch. It may
   differ by what rounding does: four times what it moves by where every embedding moves by one unit in the last place,
   and 4 units in the last place itself (2^-12 in float32).
-- *Nothing else between tokens.* That difference is under an eighth of what another prompt changes, so that what would
+- *Nothing else between tokens.* That difference is under a quarter of what another prompt changes, so that what would
   pass from one sequence to the next (the state of a recurrent layer, a convolution) cannot hide behind rounding.
 """
 
@@ -190,7 +190,7 @@ def _examine(model: Any, original: Callable[..., Any], patch: str, packed: bool)
     noise = _apart(nudged.flatten(0, 1)[padded.index], true[padded.index]).amax()
     effect = _apart(elsewhere.flatten(0, 1)[padded.index], true[padded.index]).median()
     off = _apart(found, true[index]).amax()
-    if not (off <= 4 * noise + max(4 * eps, 2**-12) and off <= effect / 8):
+    if not (off <= 4 * noise + max(4 * eps, 2**-12) and off <= effect / 4):
         what = "on one packed row" if packed else "with our attention"
         return None, (
             f"{what} its hidden states are off by {off:.1e} where rounding makes {noise:.1e} and another prompt "
