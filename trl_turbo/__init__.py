@@ -14,16 +14,28 @@ if TYPE_CHECKING:
     from trl_turbo._session import PatchError as PatchError
     from trl_turbo.hookspecs import hookimpl as hookimpl
     from trl_turbo.loading import from_pretrained as from_pretrained
+    from trl_turbo.memory_plan import plan as plan
 
 __version__ = "0.1.0"
 
-__all__ = ["PatchError", "__version__", "from_pretrained", "hookimpl", "patch", "patch_trl", "status", "unpatch"]
+__all__ = [
+    "PatchError",
+    "__version__",
+    "from_pretrained",
+    "hookimpl",
+    "patch",
+    "patch_trl",
+    "plan",
+    "status",
+    "unpatch",
+]
 
 # Imported when first asked for: pluggy, the session and the loader are not for every script that imports the package.
 _LATE = {
     "PatchError": "trl_turbo._session",
     "from_pretrained": "trl_turbo.loading",
     "hookimpl": "trl_turbo.hookspecs",
+    "plan": "trl_turbo.memory_plan",
 }
 
 

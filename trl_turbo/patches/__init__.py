@@ -11,7 +11,11 @@ BUILTIN: tuple[str, ...] = (
     # The last one is asked first: a pass that can be packed is, and one that cannot may still attend with our kernel
     "trl_turbo.patches.attention",
     "trl_turbo.patches.packing",
+    # Before rollouts, which give their cache up when they end: it must be measured inside of that
+    "trl_turbo.patches.memory",
     "trl_turbo.patches.rollout",
+    # Before what replaces MLPs, so that its tiles are cut around whatever those run
+    "trl_turbo.patches.checkpointing",
     # After the log-prob: it goes around what that does to a scoring pass
     "trl_turbo.patches.shared_pass",
     # Before the blocks: what is applied last sees a model first, and an MLP with adapters is one function over theirs
@@ -30,4 +34,7 @@ FEATURES: dict[str, str] = {
     "attention": "our attention under its own name, and in place of eager and sdpa in scoring passes",
     "packing": "scoring passes without padding, and with each prompt that answers share once",
     "mlp": "gated MLPs that keep gate and up alone between their linears",
+    "checkpointing": "gradient checkpointing that keeps layers' inputs in pinned host memory",
+    "mlp_tiling": "gated MLPs that run a tile of the sequence at a time",
+    "memory": "peaks of each phase beside the plan, and a plan and a checkpoint where memory runs out",
 }
