@@ -48,7 +48,6 @@ class Verdict:
         softcap: Whether a softcap of the scores is applied: sdpa leaves it out, and so does ours in its place.
         ignored: The softcap that sdpa leaves out, or `None`.
         attention_dropout: The most that a layer drops out of its attention weights in training.
-        dropouts: The modules that drop out activations where they are in training.
     """
 
     kinds: tuple[type, ...]
@@ -57,11 +56,6 @@ class Verdict:
     softcap: bool
     ignored: float | None
     attention_dropout: float
-    dropouts: tuple[_DropoutNd, ...]
-
-    def drops_out(self) -> bool:
-        """Whether activations are dropped out now."""
-        return any(module.training and module.p > 0 for module in self.dropouts)
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[Verdict | None, str]]] = WeakKeyDictionary()
@@ -98,10 +92,14 @@ def verdict_of(model: nn.Module, original: Callable[..., Any], patch: str, packe
     return verdict, reason
 
 
-def packing_verdict(model: nn.Module) -> Verdict | None:
-    """What was found out about a model that has run packed, or `None` before that and where it does not."""
-    known = _KNOWN.get(model, {})
-    return next((verdict for (packed, *_), (verdict, _) in known.items() if packed), None)
+def runs_packed(model: nn.Module) -> bool:
+    """Whether a model was found to run on packed rows; not before its first pass."""
+    return any(packed and verdict is not None for (packed, *_), (verdict, _) in _KNOWN.get(model, {}).items())
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Whether activations of a model are dropped out now; adapters come and go."""
+    return any(isinstance(module, _DropoutNd) and module.training and module.p > 0 for module in model.modules())
 
 
 def _unfit(model: Any) -> str | None:
@@ -203,7 +201,6 @@ def _examine(model: Any, original: Callable[..., Any], patch: str, packed: bool)
         softcap=stock != "sdpa",
         ignored=probe.softcap if stock == "sdpa" else None,
         attention_dropout=probe.dropout,
-        dropouts=tuple(module for module in model.modules() if isinstance(module, _DropoutNd)),
     ), ""
 
 
