@@ -5,8 +5,8 @@
 A GRPO trainer with LoRA of rank 16 and gradient checkpointing computes its loss and the gradients on a prepared batch
 of one group: a prompt, once for each of its answers. Before anything is timed, log-probs and gradients must be stock's
 by the rule of the tests: as close as stock is to itself where every weight moves by one unit in the last place. Then
-interleaved rounds on one trainer, patched and not; memory is torch's peak above what lay there. Writes OUT.json and
-OUT.png. Without a CUDA device it runs a tiny model.
+interleaved rounds on one trainer, stock and patched (all that is on by default, with packing and without); memory is
+torch's peak above what lay there. Writes OUT.json and OUT.png. Without a CUDA device it runs a tiny model.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 #: What patch() is called with; `None` is stock TRL.
 CONTESTANTS: dict[str, dict[str, bool] | None] = {
     "trl": None,
-    "trl_turbo, padded": {"packing": False, "attention": False},
-    "trl_turbo": {"packing": True},
+    "trl_turbo, padded": {"packing": False, "rollout": False},
+    "trl_turbo": {"packing": True, "rollout": False},
 }
 OURS = "trl_turbo"
 #: A whole run may be as far from stock as this many times what a unit in the last place of the weights moves stock.
@@ -138,12 +138,19 @@ def step(trainer: Any, batch: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def patched(keywords: dict[str, bool] | None) -> Iterator[None]:
+def patched(trainer: Any, keywords: dict[str, bool] | None) -> Iterator[None]:
+    """With all that is on by default and these; what looks at a model when it is prepared is shown this one."""
     if keywords is None:
         yield
         return
     trl_turbo.patch(strict=True, verbose=False, **keywords)
     try:
+        from trl_turbo.patches.blocks.models import ADOPT, adopt
+        from trl_turbo.patches.lora.models import hook_model
+
+        hook_model(trainer.model)
+        for feature in ADOPT:
+            adopt(feature, trainer.model)
         yield
     finally:
         trl_turbo.unpatch()
@@ -178,7 +185,7 @@ def check(trainer: Any, batch: dict[str, torch.Tensor]) -> dict[str, dict[str, f
     found = {}
     for name, keywords in CONTESTANTS.items():
         if keywords is not None:
-            with patched(keywords):
+            with patched(trainer, keywords):
                 ours = outcome(trainer, batch)
             pairs = zip(("logps", "gradients"), ours, plain, moved, strict=True)
             found[name] = {
@@ -195,7 +202,7 @@ def timed(trainer: Any, batch: dict[str, torch.Tensor], rounds: int) -> dict[str
     run: Callable[[], None] = lambda: step(trainer, batch)  # noqa: E731
     for k in range(rounds):
         for name, keywords in CONTESTANTS.items():
-            with patched(keywords):
+            with patched(trainer, keywords):
                 try:
                     run()
                     if k == 0:

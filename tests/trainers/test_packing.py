@@ -17,6 +17,7 @@ from trl_turbo.patches.attention import interface, passes
 from trl_turbo.patches.attention.rows import Rows
 
 from .adapters import adapted, lora
+from .lora_models import ALL
 from .models import folder, load
 from .parity import Path, check, patched, skip_unless_known, stock
 from .rule import broken
@@ -205,9 +206,25 @@ def test_chunks_of_tokens_are_fewer(seen: Seen) -> None:
     assert max(grown) > 2
     with patched():
         seen.rows.clear()
-        with replaced.object(trl_turbo.patches.packing.chunks, "packing_verdict", lambda model: None):
+        with replaced.object(trl_turbo.patches.packing.chunks, "runs_packed", lambda model: False):
             run(case)
     assert {rows.shape[0] for rows in seen.rows} == {2}
+
+
+def test_quantised_model(seen: Seen) -> None:
+    """QLoRA: nf4 under adapters that TRL casts to bf16, with checkpointing."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    def quantised(path: str) -> Any:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        given = {"quantization_config": config, "dtype": torch.float32, "device_map": "cpu"}
+        return AutoModelForCausalLM.from_pretrained(path, **given)
+
+    checkpointed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    options = {**ONE_STEP["GRPO"], "epsilon": 0.99, "epsilon_high": 100.0, **checkpointed}
+    check_noted(Case("GRPO", options, "llama", torch.bfloat16, lora(*ALL), quantised))
+    seen.assert_packed()
 
 
 def test_one_forward_of_both_passes(seen: Seen) -> None:

@@ -92,7 +92,7 @@ def over_layout(
         found = torch.cat((found, _look_on(q, k, v, layout.onlookers, tokens, scale, softcap)))
     if layout.index is not None:
         found = found.new_zeros(batch * length, heads, width).index_copy(0, layout.index, found)
-    return found.view(batch, length, heads, width)
+    return found.reshape(batch, length, heads, width)
 
 
 def _look_on(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_turbo.patches.attention.check import Verdict, verdict_of
+from trl_turbo.patches.attention.check import drops_out, verdict_of
 from trl_turbo.patches.attention.interface import equal_segments
 from trl_turbo.patches.attention.layout import KEYWORD, Layout, no_mask
 from trl_turbo.patches.attention.rows import Rows, find_rows
@@ -120,7 +120,7 @@ def _arrange(
         return f"it drops out {verdict.attention_dropout:g} of its attention weights, which our attention cannot"
     # As transformers counts where it is given none: padding counts too
     at = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
-    at, share = at.expand_as(ids), packed and _shares(model, verdict)
+    at, share = at.expand_as(ids), packed and _shares(model)
     rows = find_rows(ids, mask, targets.to(ids.device), at, share=share, reach=packed)
     if rows is None or isinstance(rows, str):
         return rows
@@ -147,8 +147,8 @@ def _arrange(
     return Arranged(given, targets, None, layout, verdict.layers)
 
 
-def _shares(model: nn.Module, verdict: Verdict) -> bool:
-    if verdict.drops_out():
+def _shares(model: nn.Module) -> bool:
+    if drops_out(model):
         note(
             "packing",
             f"{type(model).__name__}: activations are dropped out, for each answer anew in its prompt too; prompts are "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from trl_turbo.compat.signatures import misfit
-from trl_turbo.patches.attention.check import packing_verdict
+from trl_turbo.patches.attention.check import drops_out, runs_packed
 from trl_turbo.patches.logprob.hook import causal_lms
 from trl_turbo.patches.logprob.policy import FIRST, method_name
 from trl_turbo.patching import Replacement
@@ -60,17 +60,14 @@ def _by_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
             cut = {**rest, "batch_size": end - start}
             parts.append(original(self, model, input_ids[start:end], attention_mask[start:end], logits_to_keep, **cut))
 
-        start = 0
-        causal_lm = next(causal_lms(model), None)
-        if causal_lm is None or packing_verdict(causal_lm) is None:
+        start, causal_lm = 0, next(causal_lms(model), None)
+        if causal_lm is not None and not runs_packed(causal_lm):
             score(0, start := rows)  # one of TRL's: then it is known whether this model is packed
-        verdict = None if causal_lm is None else packing_verdict(causal_lm)
-        if verdict is None:
+        if causal_lm is None or not runs_packed(causal_lm):
             ends = [*range(start + rows, len(input_ids), rows), len(input_ids)]
         else:
-            ends = chunk_ends(
-                input_ids[start:], attention_mask[start:], logits_to_keep, rows, share=not verdict.drops_out()
-            )
+            share = not drops_out(causal_lm)
+            ends = chunk_ends(input_ids[start:], attention_mask[start:], logits_to_keep, rows, share=share)
             ends = [start + end for end in ends]
         for end in ends:
             score(start, end)
