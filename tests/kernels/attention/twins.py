@@ -7,9 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.kernels.attention.cases import CASES, SHARED, WIDTHS, Case, check
+from tests.kernels.attention.cases import CASES, SHARED, WIDTHS, Case, by_autograd, check
 from tests.kernels.poison import poisoned
-from trl_turbo.kernels.attention import passes, plan
+from trl_turbo.kernels.attention import passes, plan, reference
 from trl_turbo.kernels.attention.plan import Tile
 
 CUDA = torch.cuda.is_available()
@@ -137,6 +137,20 @@ def test_control_what_nobody_writes_is_nan(monkeypatch):
         o, lse = passes.forward(q, k, v, case.segments(DEVICE), case.spec)
     assert o.isnan().all()
     assert lse.isnan().all()
+
+
+def test_scores_far_below_zero():
+    """Where 2^-lse overflows, what is not there, whose score is 0, must be left out before it is multiplied by 0."""
+    case = Case([41, 30], [-1, 0])
+    tensors = case.tensors(torch.float32, DEVICE)
+    tensors[0].mul_(0.1).add_(8)
+    tensors[1].mul_(0.1).sub_(8)
+    found = forward_backward(case, tensors)
+    assert all(x.isfinite().all() for x in found)
+    # A unit in the last place of scores near -256 moves every weight by 256 of its own; four roundings of them
+    truth = by_autograd(reference.attention_reference, case, tensors, torch.float64)
+    for mine, wanted in zip(found, truth, strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=0, atol=256 * 2.0**-23 * 4 * wanted.abs().amax().item())
 
 
 def test_scores_far_from_zero():
