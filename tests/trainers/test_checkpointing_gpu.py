@@ -115,6 +115,8 @@ def test_device_memory_does_not_grow_with_layers(device: torch.device) -> None:
         layers = make(count, 1024, device).requires_grad_(False)  # gradients of weights do grow
         x = torch.randn(8192, 1024, device=device, dtype=torch.bfloat16)
         offloader = Offloader(CudaLane(device), 0) if offloads else None
+        if offloader is not None:
+            offloader.costs.worth = lambda nbytes: True  # type: ignore[method-assign]
         run_layers(layers, x, offloader)
         gc.collect()
         torch.cuda.synchronize()
