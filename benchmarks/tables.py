@@ -288,6 +288,38 @@ def attention() -> str:
     return "\n".join(lines)
 
 
+def packing() -> str:
+    """The section's table, in Markdown; says so where nothing was measured yet."""
+    path = RESULTS / "packing.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    about, results = data["environment"], data["results"]
+    names = list(results[0]["timings"])
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
+        f"{about['triton']}, TRL {about['trl']}, transformers {about['transformers']}. Medians in ms, in brackets MiB.",
+        "",
+        "![packing](../benchmarks/results/packing.png)",
+        "",
+        f"| batch | {' | '.join(names)} | as fast as stock | of its memory |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for row in results:
+        timings = row["timings"]
+        cells = [row["setting"]]
+        for name in names:
+            timing = timings.get(name)
+            out = "out of memory"
+            cells.append(out if timing is None else f"{timing['median_ms']:,.0f} ({timing['extra_mib']:,.0f})")
+        stock, ours = timings.get("trl"), timings.get("trl_turbo")
+        known = stock is not None and ours is not None
+        cells.append(f"{stock['median_ms'] / ours['median_ms']:.2f}x" if known else "-")
+        cells.append(f"{ours['extra_mib'] / stock['extra_mib']:.0%}" if known else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 SECTIONS = {
     "grpo": grpo,
     "trainers": trainers,
@@ -298,6 +330,7 @@ SECTIONS = {
     "lora": lora,
     "blocks": blocks,
     "attention": attention,
+    "packing": packing,
 }
 
 

@@ -26,6 +26,8 @@ def patch(
     norms: bool | None = None,
     rope: bool | None = None,
     mlp: bool | None = None,
+    attention: bool | None = None,
+    packing: bool | None = None,
     checkpointing: bool | None = None,
     mlp_tiling: bool | None = None,
     memory: bool | None = None,
@@ -42,7 +44,6 @@ def patch(
         verbose: ``None`` logs one line to the logger ``trl_turbo``, ``True`` the table as well, ``False`` nothing.
         logprob: The fused log-prob in GRPO, RLOO, DPO, OnlineDPO and PPO.
         rollout: Rollouts of GRPO, RLOO, OnlineDPO and PPO from a colocated vLLM that reads the trainer's own weights.
-            Off unless asked for: it is proven on the CPU and not yet measured on a GPU.
             With ``use_vllm=False``, and in PPO, which has no vLLM of its own, trainers are routed to it where vLLM is
             installed and the model can be shared; ``"script"`` leaves that choice to the script.
         rollout_adapter: How a LoRA adapter gets into rollouts: ``"merged"`` folds it into the base weights for each and
@@ -54,24 +55,26 @@ def patch(
             different policy. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE``, and that to ``auto``, the
             model's own dtype.
         shared_pass: GRPO and RLOO score a rollout under the policy that sampled it with the forward of the training
-            step, where one step trains on all of it. Off unless asked for: it is not yet measured on a GPU.
+            step, where one step trains on all of it.
         lora: PEFT's LoRA layers over bf16, fp16, fp32 and bitsandbytes bases, the projections of attention together and
-            gated MLPs as one function. Off unless asked for: it is proven on the CPU and not yet measured on a GPU.
-        norms: RMSNorms of any model that computes what our op does, found out on random input. Off unless asked for: it
-            is proven on the CPU and not yet measured on a GPU, like ``rope`` and ``mlp``.
+            gated MLPs as one function.
+        norms: RMSNorms of any model that computes what our op does, found out on random input.
         rope: The rotary embedding of any model whose ``apply_rotary_pos_emb`` computes what our op does.
         mlp: Gated MLPs of any model, between their own linears, where they compute what our op does.
+        attention: Our attention, which ``attn_implementation="trl_turbo"`` selects, in place of eager and sdpa in the
+            scoring passes of models whose attention computes what ours does.
+        packing: Scoring passes on one packed row: without padding, and with each prompt that several answers share
+            once.
         checkpointing: With ``gradient_checkpointing=True``, layers' inputs wait for backward in pinned host memory, to
-            the bit, unless that is short or waiting for the copies takes more than 3 % of forward and backward. Off
-            unless asked for: it is proven on the CPU and not yet measured on a GPU, like ``mlp_tiling``.
+            the bit, unless that is short or waiting for the copies takes more than 3 % of forward and backward.
         mlp_tiling: Gated MLPs run at most 8,192 rows at a time, in checkpointed layers and in passes without gradients.
         memory: ``status()`` shows what rollouts and training took at the driver beside what :func:`trl_turbo.plan`
             predicts; running out of memory raises the same error with the plan, what overflowed and the one setting to
-            change, and saves the last completed step first. Off unless asked for, like ``checkpointing``.
+            change, and saves the last completed step first.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
-            (``rollout``, ``lora``, ``norms``, ``rope``, ``mlp``, ``checkpointing``, ``mlp_tiling`` and ``memory`` are
-            off).
+            (``attention``, ``packing``, ``checkpointing``, ``mlp_tiling`` and ``memory`` are off until they are
+            measured on a GPU).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:
@@ -98,6 +101,8 @@ def patch(
             "norms": norms,
             "rope": rope,
             "mlp": mlp,
+            "attention": attention,
+            "packing": packing,
             "checkpointing": checkpointing,
             "mlp_tiling": mlp_tiling,
             "memory": memory,

@@ -115,8 +115,16 @@ def check(case: Case, inputs: Tensors) -> float:
     o = attention(*leaves, case.segments)
     found = [o.detach(), *torch.autograd.grad(o, leaves, grad)]
     mask, spec = mask_of(case.segments, None), Spec(1 / math.sqrt(q.shape[2]))
-    wanted, by_torch = (by_head(q, k, v, grad, mask, spec, dtype) for dtype in (torch.float64, DTYPE))
-    return max(excess_error(*three) for three in zip(found, by_torch, wanted, strict=True))
+    group, worst = q.shape[1] // k.shape[1], 0.0
+    for key_head in {0, k.shape[1] - 1}:  # with the queries' heads that read them: the first and the last of the tables
+        heads = [slice(key_head * group, (key_head + 1) * group)] * 2 + [slice(key_head, key_head + 1)] * 2
+        part = [x[:, i] for x, i in zip((q, grad, k, v), heads, strict=True)]
+        wanted, by_torch = (by_head(part[0], *part[2:], part[1], mask, spec, dtype) for dtype in (torch.float64, DTYPE))
+        mine = [x[:, i] for x, i in zip(found, heads, strict=True)]
+        # Tiny samples scatter
+        slack = 0.1 if CUDA else 1.0
+        worst = max(worst, *(excess_error(*three, slack) for three in zip(mine, by_torch, wanted, strict=True)))
+    return worst
 
 
 def by_head(
@@ -176,7 +184,8 @@ def theirs(
 def contestants(case: Case, inputs: Tensors) -> dict[str, tuple[Callable[[], torch.Tensor], Tensors, torch.Tensor]]:
     found = {"trl_turbo": ours(case, inputs)}
     for peer in case.peers:
-        for gqa in (True, False):
+        # With a mask transformers repeats keys: with grouped ones torch would fall back to plain products
+        for gqa in (False,) if peer == "padded" else (True, False):
             try:
                 contestant = theirs(peer, case, inputs, gqa)
                 run, leaves, grad = contestant

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
+from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from trl_turbo.engine.burst import Executes
@@ -40,6 +41,18 @@ class SharedWorker(Executes, Worker):
             else:
                 note("rollout", f"every token is prepared anew, which is slower: {reason}")
         return self._lean
+
+    def init_device(self) -> None:
+        """As vLLM's; graphs go into a pool of this engine's own.
+
+        vLLM keeps one for the process. Where tensors of an engine that is gone still lie in it, such as those that a
+        notebook's output shows, torch refuses to capture into it again (seen with torch 2.11: the assertion
+        `use_count > 0` of its allocator), and the process can capture no graph any more.
+        """
+        platform: Any = type(current_platform)
+        if hasattr(platform, "_global_graph_pool"):
+            platform._global_graph_pool = None
+        super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's; keeps what it measures while it captures CUDA graphs."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 #: Plugin modules that come with the package, in the order in which their patches apply.
 BUILTIN: tuple[str, ...] = (
     "trl_turbo.patches.logprob",
+    # The last one is asked first: a pass that can be packed is, and one that cannot may still attend with our kernel
+    "trl_turbo.patches.attention",
+    "trl_turbo.patches.packing",
     # Before rollouts, which give their cache up when they end: it must be measured inside of that
     "trl_turbo.patches.memory",
     "trl_turbo.patches.rollout",
@@ -28,6 +31,8 @@ FEATURES: dict[str, str] = {
     "lora": "LoRA layers, and MLPs of them, that keep their input once for backward",
     "norms": "RMSNorms that keep their input and one number a row for backward",
     "rope": "rotary embeddings in one pass over queries and keys",
+    "attention": "our attention under its own name, and in place of eager and sdpa in scoring passes",
+    "packing": "scoring passes without padding, and with each prompt that answers share once",
     "mlp": "gated MLPs that keep gate and up alone between their linears",
     "checkpointing": "gradient checkpointing that keeps layers' inputs in pinned host memory",
     "mlp_tiling": "gated MLPs that run a tile of the sequence at a time",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.attention.cases import CASES, Case, check
-from trl_turbo.kernels.attention import Segments, attention, plan, reference
+from trl_turbo.kernels.attention import Segments, attention, batches, plan, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -59,7 +59,7 @@ def test_small_ones(case):
 
 
 def test_the_kernels_serve(monkeypatch):
-    monkeypatch.setattr(reference, "attention_by_segment", None)
+    monkeypatch.setattr(batches, "attention_in_batches", None)
     case = CASES["mixed"]
     run(case, case.tensors(torch.bfloat16, "cuda"))
     with pytest.raises(TypeError):

@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels.attention.cases import CASES, Case
 from trl_turbo.kernels.attention import Segments, reference
+from trl_turbo.kernels.attention.batches import _batches
 from trl_turbo.kernels.attention.tables import ITEMS_EACH, key_work, query_tiles
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -85,6 +86,23 @@ def test_a_heavy_prompt_is_split_and_light_blocks_are_not():
     assert max(sizes) <= 1.5 * sum(sizes) * 2 / 132
     split = {row for row, *_ in work.parts.tolist()}
     assert split == set(range(0, 2048, 128))
+
+
+@each_case
+def test_batches_hold_every_token_once_and_little_else(case):
+    segments = case.segments()
+    batches, back = _batches(segments, case.window)
+    tokens = torch.cat([batch.rows.flatten()[batch.kept] for batch in batches])
+    assert torch.equal(tokens[back], torch.arange(segments.total))
+    for rows, keys, kept in batches:
+        assert len(kept) >= 0.75 * rows.numel()
+        assert keys.shape[0] == rows.shape[0]
+        assert len(segments.positions[rows[:, 0]].unique()) == 1
+
+
+def test_a_batch_is_no_larger_than_it_may_be():
+    segments = Segments.build([1024] * 9)
+    assert [len(batch.rows) for batch in _batches(segments, None)[0]] == [4, 4, 1]
 
 
 def test_tables_are_made_once():

@@ -22,13 +22,14 @@ def delta_kernel(
     lse_ptr,
     lse_head,
     stats_ptr,
+    stats_head,
     tokens,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """stats [HEADS, T, 2] of BLOCK tokens of one head: lse, and the sum of o * grad_o."""
+    """stats [HEADS, T + room, 2] of BLOCK tokens of one head: lse, and the sum of o * grad_o."""
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     first = tl.program_id(0) // HEADS * BLOCK
     row = first.to(tl.int64)
@@ -39,4 +40,4 @@ def delta_kernel(
     delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
     at = head * lse_head + row + lane
     lse = tl.load(lse_ptr + at, mask=lane < tokens - first)
-    store_stats(stats_ptr + 2 * at, lse, delta, lane < tokens - first)
+    store_stats(stats_ptr + head * stats_head + 2 * (row + lane), lse, delta, lane < tokens - first)

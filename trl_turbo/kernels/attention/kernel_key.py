@@ -10,10 +10,7 @@ import triton.language as tl
 
 from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
 
-from .kernel_math import add_rows, capped_tanh, load_rows, store_rows
-
-#: lse = inf in the low half, delta = 0 in the high one.
-INFINITY_AND_0 = tl.constexpr(0x7F800000)
+from .kernel_math import add_rows, capped_tanh, load_rows, on_this_branch, store_rows
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -97,10 +94,15 @@ def key_kernel(
                 here = tl.cast(first, tl.int64)
                 behind = ahead + first - start
                 q = load_rows(q_member + here * q_token, q_token, 0, end - first, D, STEP, COLUMNS)
-                # 2^(s - inf) = 0 for rows that are not there. Each thread loads its own columns': half as many in pairs
-                pair = tl.load(stats_member + here + lane, mask=lane < end - first, other=INFINITY_AND_0)
+                # Each thread loads its own columns': half as many in pairs, and a mask for each is many instructions.
+                # Beyond T there is room
+                pair = tl.load(stats_member + here + lane)
                 lse = pair.to(tl.int32).to(tl.float32, bitcast=True)
                 delta = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+                if first + STEP > end:
+                    # What is beyond is a neighbour's: 2^(s - inf) = 0
+                    lse = tl.where(lane < end - first, on_this_branch(lse), float("inf"))
+                    delta = tl.where(lane < end - first, delta, 0.0)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 if SOFTCAP:
                     tanh = capped_tanh(s, slope)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
+from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, PTX, exp2
 
 #: Below every score, and finite: a row that has seen nothing yet is multiplied by 2^0, and not by NaN.
 LOWEST = tl.constexpr(-1e30)
@@ -53,6 +53,15 @@ def store_stats(ptr, lse, delta, mask):
     """lse and delta side by side."""
     tl.store(ptr, lse, mask=mask)
     tl.store(ptr + 1, delta, mask=mask)
+
+
+@triton.jit
+def on_this_branch(x):
+    """x, such that the compiler does not make a choice for each element of what is a branch for all."""
+    if PTX:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1)
+    else:
+        return x
 
 
 @triton.jit

@@ -36,6 +36,7 @@ def query_kernel(
     lse_ptr,
     lse_head,
     stats_ptr,
+    stats_head,
     tiles_ptr,
     scale,
     softcap,
@@ -52,7 +53,7 @@ def query_kernel(
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradient of one tile and head of q, and for the keys' pass stats [HEADS, T, 2]: lse, and delta.
+    """The gradient of one tile and head of q, and for the keys' pass stats [HEADS, T + room, 2]: lse, and delta.
 
     delta is the sum of o * grad_o.
     """
@@ -70,7 +71,7 @@ def query_kernel(
     at = head_64 * lse_head + row_64 + lane
     # 2^(s - inf) = 0 for rows that are not there
     lse = tl.load(lse_ptr + at, mask=lane < rows, other=float("inf"))
-    store_stats(stats_ptr + 2 * at, lse, delta, lane < rows)
+    store_stats(stats_ptr + head_64 * stats_head + 2 * (row_64 + lane), lse, delta, lane < rows)
     q = load_rows(q_ptr + head_64 * q_head + row_64 * q_token, q_token, 0, rows, D, BLOCK, COLUMNS)
     grad = tl.zeros((BLOCK, COLUMNS), tl.float32)
     scale_2 = scale * LOG2E

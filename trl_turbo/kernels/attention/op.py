@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from trl_turbo.kernels import get_override
 from trl_turbo.kernels.rows import takes
 
-from . import reference
+from . import batches, dense
 from .segments import Segments
 from .spec import WIDEST, Spec
 
@@ -34,7 +34,9 @@ def attention(
     softmax in float32. For backward q, k, v, the result and a float32 [Hq, T] are kept. Under autocast the inputs are
     cast, as torch's own attention casts them. A second derivative raises on CUDA.
 
-    On the CPU, for float64, and in a graph that torch.compile traces, plain torch serves, a segment at a time.
+    On Hopper, segments of one length without a prefix, a window or a softcap are left to cuDNN, which is faster there;
+    a `deterministic` backward is ours. On the CPU, for float64, and in a graph that torch.compile traces, plain torch
+    serves, in batches of segments of nearly one length.
 
     Args:
         q: [T, Hq, D], any floating dtype and strides; D is at most 256.
@@ -67,7 +69,9 @@ def attention(
     passes = None if torch.compiler.is_compiling() else _passes(q, k, v)
     if passes is None:
         with torch.autocast(device, enabled=False):
-            return reference.attention_by_segment(q, k, v, segments, spec)
+            return batches.attention_in_batches(q, k, v, segments, spec)
+    if dense.serves(q, segments, spec):
+        return dense.attend(q, k, v, segments, spec)
     return _Attention.apply(q, k, v, segments, spec, passes)
 
 

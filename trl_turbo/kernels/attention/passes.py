@@ -19,6 +19,7 @@ from .tables import key_work, query_tiles
 # A row's offset inside of a tile is 32 bits wide
 _WIDEST_STRIDE = (1 << 31) // 256
 _SUM_ROWS = 32
+_LONGEST_STEP = 128
 _DELTA_ROWS = 64
 
 
@@ -79,14 +80,15 @@ def statistics(
     grad_o: torch.Tensor,  # [T, Hq, D]
     lse: torch.Tensor,  # [Hq, T]
 ) -> torch.Tensor:
-    """lse and the sums of o * grad_o over the columns, [Hq, T, 2] in float32."""
+    """lse and the sums of o * grad_o over the columns, [Hq, T + room, 2] in float32."""
     tokens, heads, width = o.shape
-    stats = torch.empty(heads, tokens, 2, dtype=torch.float32, device=o.device)
+    stats = _room_for_stats(lse)
     delta_kernel[(triton.cdiv(tokens, _DELTA_ROWS) * heads,)](
         *_strided(o, grad_o),
         lse,
         lse.stride(0),
         stats,
+        stats.stride(0),
         tokens,
         HEADS=heads,
         D=width,
@@ -108,7 +110,7 @@ def queries(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of q, and `statistics` on the way."""
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    stats = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
+    stats = _room_for_stats(lse)
     tile = _tile("query", q)
     table = query_tiles(segments, tile.block, spec.window)
     query_kernel[(len(table) * q.shape[1],)](
@@ -116,6 +118,7 @@ def queries(
         lse,
         lse.stride(0),
         stats,
+        stats.stride(0),
         table,
         *_numbers(spec),
         HEADS=q.shape[1],
@@ -130,7 +133,7 @@ def keys(
     q: torch.Tensor,  # [T, Hq, D]
     k: torch.Tensor,  # [T, Hkv, D]
     v: torch.Tensor,  # [T, Hkv, D]
-    stats: torch.Tensor,  # [Hq, T, 2]
+    stats: torch.Tensor,  # [Hq, T + room, 2]
     segments: Segments,
     spec: Spec,
     grad_q: torch.Tensor | None = None,  # [T, Hq, D]
@@ -174,6 +177,11 @@ def keys(
     return grad_k, grad_v
 
 
+def _room_for_stats(lse: torch.Tensor) -> torch.Tensor:
+    """Statistics [Hq, T + room, 2], as steps of queries are read whole."""
+    return torch.empty(lse.shape[0], lse.shape[1] + _LONGEST_STEP, 2, dtype=torch.float32, device=lse.device)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x [T, H, D], copied where its strides are not those that the kernels take."""
     fits = x.stride(2) == 1 and 0 <= x.stride(0) < _WIDEST_STRIDE
@@ -213,5 +221,9 @@ def _constants(q: torch.Tensor, k: torch.Tensor, spec: Spec, tile: Tile) -> dict
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as torch is told to."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How float32 is multiplied: as torch is told to. Where the newer word is set, reading the older one raises."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    word = getattr(matmul, "fp32_precision", None)
+    return "tf32" if (matmul.allow_tf32 if word is None else word == "tf32") else "ieee"

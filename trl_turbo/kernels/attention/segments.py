@@ -69,7 +69,15 @@ class Segments:
     @property
     def shared(self) -> bool:
         """Whether any token follows a prefix."""
-        return any(n and p >= 0 and self.lengths[p] for n, p in zip(self.lengths, self.prefix, strict=True))
+        return self.cached(
+            "shared",
+            lambda: any(n and p >= 0 and self.lengths[p] for n, p in zip(self.lengths, self.prefix, strict=True)),
+        )
+
+    @property
+    def even(self) -> bool:
+        """Whether all segments are of one length, more than none, and follow no prefix: a batch without padding."""
+        return bool(self.lengths) and self.lengths[0] > 0 and len(set(self.lengths)) == 1 and not self.shared
 
     def before(self, segment: int) -> int:
         """How many tokens precede this segment: its prefix's."""

@@ -70,20 +70,21 @@ def input_gradient(
     high = _high(projections, grads, compute)
     if not wanted:
         return None, high
-    found: torch.Tensor | None = None
-    for projection, grad in zip(projections, grads, strict=True):
-        if grad is None:
-            continue
-        if found is None or found.dtype == projection.base.dtype:
-            found = projection.base.add_gradient(grad, found)
+    dropped = any(state is not None for state in states)
+    summands = [(grad, p.base) for grad, p in zip(grads, projections, strict=True) if grad is not None]
+    # Each sum is rounded: what is small comes first, the adapters' part and then narrow linears
+    summands.sort(key=lambda summand: summand[0].shape[1])
+    first = not dropped and compute == dtype and all(base.dtype == compute for _, base in summands)
+    found = high @ _stacked(adapters, compute) if adapters and first else None
+    for grad, base in summands:
+        if found is None or found.dtype == base.dtype:
+            found = base.add_gradient(grad, found)
         else:
-            found = found + projection.base.add_gradient(grad, None)
+            found = found + base.add_gradient(grad, None)
     assert found is not None
-    if not any(state is not None for state in states):
-        if adapters and found.dtype == compute == dtype:
-            return found.addmm_(high, _stacked(adapters, compute)), high
+    if not dropped:
         found = found.to(dtype)
-        return (found.add_(high @ _stacked(adapters, compute)) if adapters else found), high
+        return (found.add_(high @ _stacked(adapters, compute)) if adapters and not first else found), high
     found = found.to(dtype)
     for adapter, state, columns in zip(adapters, states, _columns(projections), strict=True):
         added = high[:, columns] @ adapter.lora_A.to(compute)
