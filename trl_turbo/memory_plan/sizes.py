@@ -46,7 +46,7 @@ class Sizes:
         groups: The linears of a layer by the module that they are in: the last one of each takes what that module made,
             the others the module's input.
         inner: Width of one half of the gated MLP; 0 where the layer has none, or several.
-        experts: How many linears of a layer are in several MLPs of one shape.
+        experts: Whether it has several.
         weight_bytes: The base model, scales of 4-bit weights included.
         head_bytes: The output head's own part of that; 0 where it is the embedding.
         trainable: Numbers that the optimizer updates.
@@ -66,7 +66,7 @@ class Sizes:
     norms: tuple[int, ...]
     groups: tuple[tuple[Linear, ...], ...]
     inner: int
-    experts: int
+    experts: bool
     weight_bytes: int
     head_bytes: int
     trainable: int
@@ -172,7 +172,7 @@ def of_model(model: Any) -> Sizes:
         norms=tuple(_norms(layer, head_dim, (heads, kv))),
         groups=tuple(group for _, group in groups),
         inner=mlps[0][-1].inputs if len(mlps) == 1 else 0,  # several are experts, which not every token passes
-        experts=sum(len(found) for found in mlps) if len(mlps) > 1 else 0,
+        experts=len(mlps) > 1,
         weight_bytes=sum(_nbytes(p) for p in weights),
         head_bytes=0 if tied or head is None else sum(_nbytes(p) for p in head.parameters()),
         trainable=sum(p.numel() for p in trained),
