@@ -63,7 +63,7 @@ def run_layers(layers: nn.ModuleList, x: torch.Tensor, offloader: Offloader | No
             with saved_tensors_hooks(offloader.pack, offloader.unpack):
                 y = checkpoint(layer, y, use_reentrant=False)
     y.square().sum().backward()
-    found = [y.detach(), x.grad, *(p.grad.clone() for p in layers.parameters())]
+    found = [y.detach(), x.grad, *(p.grad for p in layers.parameters() if p.grad is not None)]
     layers.zero_grad(set_to_none=True)
     return found
 
@@ -79,6 +79,7 @@ def test_to_the_bit_over_many_steps(rows: int, device: torch.device) -> None:
     """While the allocator gives memory that was let go to others at once: a copy that is late would read theirs."""
     layers, x = make(12, 512, device), torch.randn(rows, 512, device=device, dtype=torch.bfloat16)
     offloader = Offloader(CudaLane(device), smallest_bytes=0)
+    offloader.costs.worth = lambda nbytes: True  # type: ignore[method-assign]
     expected = run_layers(layers, x, None)
     for _ in range(8):
         for mine, theirs in zip(run_layers(layers, x, offloader), expected, strict=True):
@@ -117,6 +118,8 @@ def test_device_memory_does_not_grow_with_layers(device: torch.device) -> None:
         made = [nn.Sequential(nn.Linear(1024, 1024), nn.Tanh()) for _ in range(count)]
         layers = nn.ModuleList(made).to(device, torch.bfloat16)
         offloader = Offloader(CudaLane(device), 0) if offloads else None
+        if offloader is not None:
+            offloader.costs.worth = lambda nbytes: True  # type: ignore[method-assign]
         run_layers(layers, x, offloader)
         gc.collect()
         torch.cuda.synchronize()
