@@ -249,7 +249,7 @@ def test_plan_of_an_engine_that_runs(patched: Any) -> None:
     trainer = build(Case("GRPO"))
     report = MemoryReport(shared_bytes=1, copied_bytes=2, padding_bytes=3, kv_bytes=4, lora_bytes=5, graph_bytes=6)
     engine = SimpleNamespace(shared=SimpleNamespace(can_release=True), memory_report=lambda: report)
-    trainer.use_vllm, trainer.vllm_generation = True, SimpleNamespace(llm=engine)
+    trainer.use_vllm, trainer.vllm_mode, trainer.vllm_generation = True, "colocate", SimpleNamespace(llm=engine)
     rollout = trl_turbo.plan(trainer).moments["rollout"]
     assert [rollout[f"engine's {part}"] for part in ("weights", "adapter")] == [5, 5]
     assert (rollout["KV cache"], rollout["CUDA graphs"]) == (4, 6)

@@ -27,14 +27,14 @@ FEATURES = (
     "mlp_tiling",
 )
 TRAINERS = ("grpo", "rloo", "dpo", "online_dpo", "ppo")
-# The four below are estimates, from two runs on an H200 in which 1.0 GB came with vLLM beside its cache and 0.3 GB of
-# kernels with training; `benchmarks.plan` measures how far off they are.
+# The four below are estimates, from runs on an H200; in the one of benchmarks/results/grpo_1.5b_8x4096.json the plan was
+# 3 % and 4 % below what rollouts and training took. `benchmarks.plan` measures how far off they are elsewhere.
 #: The CUDA context with the kernels that training loads on first use.
 CONTEXT_BYTES = 820 * MIB
 #: Kernels and buffers that vLLM loads and makes beside weights, cache, graphs and adapter.
 ENGINE_BYTES = 700 * MIB
-#: One captured graph's own memory, and its share of the pool, for 28 to 36 layers.
-GRAPH_BYTES = 12 * MIB
+#: One captured graph's own memory, and its share of the pool: 100 MiB for four of them over 28 layers.
+GRAPH_BYTES = 25 * MIB
 #: Share of what comes and goes that torch's allocator holds on top, in blocks that nothing fits into.
 FRAGMENTATION = 0.12
 #: cuBLAS's workspaces, 32 MiB each on Hopper: forward and backward run in a thread each, with a handle of its own.
@@ -266,14 +266,14 @@ def _engine(sizes: Sizes, settings: Settings) -> dict[str, int]:
     plan = sizing.plan(text, work, {"max_model_len": limit}, itemsize=settings.kv_itemsize, graphs=not settings.eager)
     graphs = plan.llm_kwargs.get("compilation_config", {}).get("cudagraph_capture_sizes", [])
     copies = 0 if "rollout" in settings.features else sizes.weight_bytes
-    # A served adapter is copied into buffers of vLLM's; one that is folded into the base needs none
-    served = sizes.adapter_bytes if sizes.packed or "rollout" not in settings.features else 0
+    # vLLM has 16-bit buffers for an adapter, folded into the base or not; TRL's own rollouts merge it
+    buffers = 2 * sizes.adapter_bytes // sizes.adapter_itemsize if "rollout" in settings.features else 0
     found = {
         "KV cache": plan.kv_bytes,
         "engine": ENGINE_BYTES,
         "CUDA graphs": len(graphs) * GRAPH_BYTES,
         "engine's weights": copies,
-        "engine's adapter": min(served, served * 2 // sizes.adapter_itemsize) if served else 0,
+        "engine's adapter": buffers,
     }
     return {part: size for part, size in found.items() if size}
 
