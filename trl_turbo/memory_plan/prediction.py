@@ -27,7 +27,7 @@ FEATURES = (
     "mlp_tiling",
 )
 TRAINERS = ("grpo", "rloo", "dpo", "online_dpo", "ppo")
-# The four below are estimates, from runs on an H200; in the one of benchmarks/results/grpo_1.5b_8x4096.json the plan was
+# The four below are estimates, from runs on an H200; in that of benchmarks/results/grpo_1.5b_8x4096.json the plan was
 # 3 % and 4 % below what rollouts and training took. `benchmarks.plan` measures how far off they are elsewhere.
 #: The CUDA context with the kernels that training loads on first use.
 CONTEXT_BYTES = 820 * MIB
