@@ -13,7 +13,7 @@ from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
 from .kernel_math import LOWEST, capped_tanh, key_steps, load_rows, query_tile, step_of, store_rows
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "lse_head"])
 def forward_kernel(
     q_ptr,
     q_token: tl.constexpr,

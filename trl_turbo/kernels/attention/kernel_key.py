@@ -13,7 +13,7 @@ from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
 from .kernel_math import capped_tanh, load_rows, on_this_branch, store_rows
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "stats_head"])
 def key_kernel(
     q_ptr,
     q_token: tl.constexpr,

@@ -13,7 +13,7 @@ from trl_turbo.kernels.linear_logprob.kernel_math import LOG2E, exp2
 from .kernel_math import capped_tanh, key_steps, load_rows, query_tile, step_of, store_rows, store_stats
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "lse_head", "stats_head"])
 def query_kernel(
     q_ptr,
     q_token: tl.constexpr,

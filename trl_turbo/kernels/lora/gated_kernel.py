@@ -46,7 +46,7 @@ def _adapted(base, low_ptr, low_stride, b, scaling, row, has_row, RANK: tl.const
     return base + scaling * tl.dot(low, b, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def forward_kernel(
     gate_ptr,
     up_ptr,
@@ -90,7 +90,7 @@ def forward_kernel(
         tl.store(h_ptr + at, (act * up).to(raw.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def backward_kernel(
     grad_ptr,
     gate_ptr,
