@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import measure
 from benchmarks.kernels.blocks import device_ms
-from trl_turbo.kernels.attention import Segments, attention
+from trl_turbo.kernels.attention import Segments, attention, dense
 from trl_turbo.kernels.attention.reference import attend, mask_of
 from trl_turbo.kernels.attention.spec import Spec
 from trl_turbo.kernels.linear_logprob.reference import excess_error
@@ -111,19 +111,21 @@ def inputs_of(case: Case, shape: tuple[int, int, int]) -> Tensors:
 def check(case: Case, inputs: Tensors) -> float:
     """Excess error of the result and the gradients over plain torch's; above 1 is wrong, and nothing is timed then."""
     q, k, v, grad = inputs
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o = attention(*leaves, case.segments)
-    found = [o.detach(), *torch.autograd.grad(o, leaves, grad)]
+    everything = []
+    for deterministic in (False, True):  # the latter is never left to cuDNN
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o = attention(*leaves, case.segments, deterministic=deterministic)
+        everything.append([o.detach(), *torch.autograd.grad(o, leaves, grad)])
     mask, spec = mask_of(case.segments, None), Spec(1 / math.sqrt(q.shape[2]))
     group, worst = q.shape[1] // k.shape[1], 0.0
     for key_head in {0, k.shape[1] - 1}:  # with the queries' heads that read them: the first and the last of the tables
         heads = [slice(key_head * group, (key_head + 1) * group)] * 2 + [slice(key_head, key_head + 1)] * 2
         part = [x[:, i] for x, i in zip((q, grad, k, v), heads, strict=True)]
         wanted, by_torch = (by_head(part[0], *part[2:], part[1], mask, spec, dtype) for dtype in (torch.float64, DTYPE))
-        mine = [x[:, i] for x, i in zip(found, heads, strict=True)]
-        # Tiny samples scatter
-        slack = 0.1 if CUDA else 1.0
-        worst = max(worst, *(excess_error(*three, slack) for three in zip(mine, by_torch, wanted, strict=True)))
+        slack = 0.1 if CUDA else 1.0  # tiny samples scatter
+        for found in everything:
+            mine = [x[:, i] for x, i in zip(found, heads, strict=True)]
+            worst = max(worst, *(excess_error(*three, slack) for three in zip(mine, by_torch, wanted, strict=True)))
     return worst
 
 
@@ -143,11 +145,13 @@ def by_head(
     return [x.to(dtype) for x in results]
 
 
-def ours(case: Case, inputs: Tensors) -> tuple[Callable[[], torch.Tensor], Tensors, torch.Tensor]:
+def ours(
+    case: Case, inputs: Tensors, deterministic: bool = False
+) -> tuple[Callable[[], torch.Tensor], Tensors, torch.Tensor]:
     """What runs the forward, its leaves, and the gradient that goes back."""
     q, k, v, grad = inputs
     leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-    return lambda: attention(*leaves, case.segments), leaves, grad
+    return lambda: attention(*leaves, case.segments, deterministic=deterministic), leaves, grad
 
 
 def theirs(
@@ -183,6 +187,8 @@ def theirs(
 
 def contestants(case: Case, inputs: Tensors) -> dict[str, tuple[Callable[[], torch.Tensor], Tensors, torch.Tensor]]:
     found = {"trl_turbo": ours(case, inputs)}
+    if dense.serves(inputs[0], case.segments, Spec(1.0)):
+        found["kernels"] = ours(case, inputs, deterministic=True)
     for peer in case.peers:
         # With a mask transformers repeats keys: with grouped ones torch would fall back to plain products
         for gqa in (False,) if peer == "padded" else (True, False):

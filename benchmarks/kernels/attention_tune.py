@@ -25,60 +25,27 @@ from trl_turbo.kernels.linear_logprob.reference import excess_error
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float16  # Triton's interpreter gets bfloat16 wrong
-#: Products of each pass, of which the backward in two passes makes two twice.
-PRODUCTS = {"forward": 2, "query": 3, "key": 4, "all": 5}
+#: Products of each pass; the scores and the gradient of the weights are made in both passes of the backward.
+PRODUCTS = {"forward": 2, "query": 3, "key": 4}
 TOKENS, HEADS, KEY_HEADS = 8192, 16, 4
 #: Compile one at a time takes two seconds each, and a process some seconds to start.
 WORKERS = 12
 
 CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
-        128: (
-            Tile(128, 128, 8, 2),
-            Tile(128, 64, 8, 2),
-            Tile(128, 64, 8, 3),
-            Tile(64, 64, 4, 2),
-            Tile(64, 64, 4, 3),
-            Tile(64, 128, 4, 2),
-        ),
-        64: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 4, 2), Tile(64, 64, 4, 3)),
-        256: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+        128: (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3)),
+        64: (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 128, 4, 2), Tile(128, 64, 8, 3)),
+        256: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
     },
     "query": {
-        128: (
-            Tile(128, 64, 8, 2),
-            Tile(128, 64, 8, 3),
-            Tile(128, 32, 8, 3),
-            Tile(64, 64, 4, 2),
-            Tile(64, 32, 4, 2),
-            Tile(64, 32, 4, 3),
-        ),
-        64: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),
-        256: (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 3)),
+        128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3)),
+        64: (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 128, 4, 2), Tile(128, 64, 8, 3)),
+        256: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 4, 2)),
     },
     "key": {
-        128: (
-            Tile(128, 64, 8, 2),
-            Tile(128, 64, 8, 3),
-            Tile(128, 32, 8, 2),
-            Tile(128, 32, 8, 3),
-            Tile(64, 64, 4, 2),
-            Tile(64, 32, 4, 2),
-            Tile(64, 64, 8, 2),
-        ),
-        64: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
+        128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2)),
+        64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(128, 64, 8, 2)),
         256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 3)),
-    },
-    "all": {
-        128: (
-            Tile(128, 64, 8, 2),
-            Tile(128, 64, 8, 3),
-            Tile(128, 32, 8, 2),
-            Tile(64, 64, 8, 2),
-            Tile(64, 64, 4, 2),
-        ),
-        64: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
-        256: (Tile(64, 32, 8, 2), Tile(64, 64, 8, 1)),
     },
 }
 
@@ -93,7 +60,7 @@ def make(segments: Segments, width: int, heads: int, key_heads: int) -> tuple[to
 def run_of(
     which: str, segments: Segments, tensors: tuple[torch.Tensor, ...], o: torch.Tensor, lse: torch.Tensor
 ) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """What a pass alone runs; for `all` with what it needs before and after."""
+    """What a pass alone runs."""
     from trl_turbo.kernels.attention import passes
 
     q, k, v, grad = tensors
@@ -102,15 +69,12 @@ def run_of(
         return lambda: passes.forward(q, k, v, segments, spec)
     if which == "query":
         return lambda: passes.queries(grad, q, k, v, o, lse, segments, spec)
-    if which == "key":
-        stats = passes.statistics(o, grad, lse)
-        return lambda: passes.keys(grad, q, k, v, stats, segments, spec)
-    return lambda: passes.backward(grad, q, k, v, o, lse, segments, spec)
+    _, stats = passes.queries(grad, q, k, v, o, lse, segments, spec)
+    return lambda: passes.keys(grad, q, k, v, stats, segments, spec)
 
 
 def choose(which: str, columns: int, tile: Tile) -> None:
     plan.chosen[which, columns] = tile
-    plan.chosen_fused[columns] = which == "all"
 
 
 def compile_and_check(which: str, columns: int, tile: Tile) -> str:
@@ -132,7 +96,7 @@ def compile_and_check(which: str, columns: int, tile: Tile) -> str:
         o, lse = passes.forward(q, k, v, segments, spec)
         choose(which, columns, tile)
         found = run_of(which, segments, tensors, o, lse)()
-        picked = {"forward": (0,), "query": (1,), "key": (2, 3), "all": (1, 2, 3)}[which]
+        picked = {"forward": (0,), "query": (1,), "key": (2, 3)}[which]
         plain, truth = by_torch(DTYPE), by_torch(torch.float64)
         for i, mine in zip(picked, found, strict=False):
             found_worst = max(found_worst, excess_error(mine, plain[i], truth[i]))
@@ -183,10 +147,8 @@ def timed(which: str, width: int, tile: Tile, segments: Segments, tensors: tuple
 
     q, k, v, _ = tensors
     plan.chosen.clear()
-    plan.chosen_fused.clear()
     o, lse = passes.forward(q, k, v, segments, Spec(width**-0.5))
     choose(which, width, tile)
     times = device_ms([run_of(which, segments, tensors, o, lse)] * 3, 5 if CUDA else 1)
     plan.chosen.clear()
-    plan.chosen_fused.clear()
     return statistics.median(times)

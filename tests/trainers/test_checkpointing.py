@@ -172,3 +172,17 @@ def test_both_features_give_their_functions_out(offloader: Offloader, monkeypatc
         found.append(function.func)
         function = function.args[0] if function.args else function.func
     assert {models.offloaded, models.marked} <= set(found)
+
+
+@pytest.mark.parametrize("name", ["grpo-lora", "grpo-bf16", "dpo-lora", "online-dpo", "rloo"])
+def test_with_all_that_is_on_by_default(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    skip_unless_known(case)
+    plain, *perturbed = stock(case)
+    found = Offloader(LateLane(), smallest_bytes=0)
+    monkeypatch.setattr(offload, "has_device", lambda: True)
+    monkeypatch.setattr(offload, "offloader_of", lambda device: found)
+    monkeypatch.setattr(tiled, "TILE_ROWS", 5)
+    trl_turbo.patch(checkpointing=True, mlp_tiling=True, memory=True, strict=True, verbose=False)
+    assert_same(plain, run(case), perturbed, case.dtype)
+    assert found.lane.stored  # type: ignore[attr-defined]

@@ -76,6 +76,8 @@ def _around(sizes: Sizes, features: Collection[str]) -> int:
         if full:
             total += c * sum(sizes.norms)  # normed, for the gradient of the weight
     for group in sizes.groups:
+        if sizes.experts and group[-1].outputs == sizes.hidden and group[-1].inputs != sizes.heads:
+            continue  # an expert, see the notes
         *firsts, last = group
         if firsts:
             total += _inputs(tuple(firsts), sizes, features)

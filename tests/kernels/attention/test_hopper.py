@@ -20,7 +20,6 @@ KERNELS = {
     "forward": kernel_forward.forward_kernel,
     "query": kernel_query.query_kernel,
     "key": kernel_key.key_kernel,
-    "all": kernel_key.key_kernel,
 }
 pytestmark = pytest.mark.skipif(
     not isinstance(KERNELS["forward"], triton.JITFunction), reason="Triton's interpreter is on"
@@ -38,7 +37,7 @@ def compiled(which, tile, width, **flags):
     constants |= {"COLUMNS": triton.next_power_of_2(width), "BLOCK": tile.block, "STEP": tile.step}
     constants |= {
         "STAGES": tile.stages,
-        **({"QUERIES": which == "all"} if which in ("key", "all") else {"PREFIX": True}),
+        **({} if which == "key" else {"PREFIX": True}),
     }
     # Rows of a projection of 8 heads, and 2 of keys
     tokens = {name: width * 12 for name in kernel.arg_names if name.endswith("_token")}
@@ -48,9 +47,9 @@ def compiled(which, tile, width, **flags):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        pointer = "*fp32" if name in WIDE or (which, name) == ("all", "grad_q_ptr") else "*bf16"
+        pointer = "*fp32" if name in WIDE else "*bf16"
         pointer = "*i32" if name in TABLES else pointer
-        pointer = "*i64" if name == "stats_ptr" and which != "query" else pointer
+        pointer = "*i64" if name == "stats_ptr" and which == "key" else pointer
         number = "fp32" if name in ("scale", "softcap") else "i32"
         signature[name] = pointer if name.endswith("_ptr") else number
         if name.endswith(("_ptr", "_head")):

@@ -38,17 +38,6 @@ def store_rows(ptr, token, x, end, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
 
 
 @triton.jit
-def add_rows(ptr, token, x, end, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Add the first `end` rows and D columns of x [ROWS, COLUMNS] to what others add to as well."""
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    inside = row < end
-    if D < COLUMNS:
-        inside &= column < D
-    tl.atomic_add(ptr + row * token + column, x, mask=inside, sem="relaxed")
-
-
-@triton.jit
 def store_stats(ptr, lse, delta, mask):
     """lse and delta side by side."""
     tl.store(ptr, lse, mask=mask)

@@ -93,9 +93,8 @@ def query_kernel(
             s = softcap * tanh
         p = exp2(s * scale_2 - lse[:, None])
         if masked:
-            # A key that is not there is 0, and what it gets adds nothing
             distance = behind + lane[:, None] - tl.arange(0, STEP)[None, :]
-            seen = distance >= 0
+            seen = (distance >= 0) & (tl.arange(0, STEP)[None, :] >= skipped)
             if WINDOW:
                 seen &= distance < window
             p = tl.where(seen, p, 0.0)

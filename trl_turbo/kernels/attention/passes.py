@@ -7,11 +7,10 @@ import triton
 
 from trl_turbo.kernels.rows import on
 
-from .kernel_delta import delta_kernel
 from .kernel_forward import forward_kernel
 from .kernel_key import key_kernel, sum_kernel
 from .kernel_query import query_kernel
-from .plan import Tile, fused, processors, tile_of
+from .plan import Tile, processors, tile_of
 from .segments import Segments
 from .spec import Spec
 from .tables import key_work, query_tiles
@@ -20,7 +19,6 @@ from .tables import key_work, query_tiles
 _WIDEST_STRIDE = (1 << 31) // 256
 _SUM_ROWS = 32
 _LONGEST_STEP = 128
-_DELTA_ROWS = 64
 
 
 def forward(
@@ -60,42 +58,11 @@ def backward(
     segments: Segments,
     spec: Spec,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v: by a pass over queries and one over keys, or by one that makes all (`plan.fused`)."""
+    """Gradients of q, k and v, by a pass over queries and one over keys."""
     grad_o, q, k, v = (_rows(x) for x in (grad_o, q, k, v))
     with on(q.device):
-        if fused(_columns(q.shape[2]), q.dtype) and not (
-            spec.deterministic or torch.are_deterministic_algorithms_enabled()
-        ):
-            stats = statistics(o, grad_o, lse)
-            sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-            grad_k, grad_v = keys(grad_o, q, k, v, stats, segments, spec, sums)
-            grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            return torch.mul(sums, spec.scale, out=grad_q), grad_k, grad_v
         grad_q, stats = queries(grad_o, q, k, v, o, lse, segments, spec)
         return grad_q, *keys(grad_o, q, k, v, stats, segments, spec)
-
-
-def statistics(
-    o: torch.Tensor,  # [T, Hq, D]
-    grad_o: torch.Tensor,  # [T, Hq, D]
-    lse: torch.Tensor,  # [Hq, T]
-) -> torch.Tensor:
-    """lse and the sums of o * grad_o over the columns, [Hq, T + room, 2] in float32."""
-    tokens, heads, width = o.shape
-    stats = _room_for_stats(lse)
-    delta_kernel[(triton.cdiv(tokens, _DELTA_ROWS) * heads,)](
-        *_strided(o, grad_o),
-        lse,
-        lse.stride(0),
-        stats,
-        stats.stride(0),
-        tokens,
-        HEADS=heads,
-        D=width,
-        COLUMNS=_columns(width),
-        BLOCK=_DELTA_ROWS,
-    )
-    return stats
 
 
 def queries(
@@ -108,9 +75,10 @@ def queries(
     segments: Segments,
     spec: Spec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of q, and `statistics` on the way."""
+    """The gradient of q, and for `keys` lse and the sums of o * grad_o over the columns, float32 [Hq, T + room, 2]."""
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    stats = _room_for_stats(lse)
+    # Steps of queries are read whole
+    stats = torch.empty(lse.shape[0], lse.shape[1] + _LONGEST_STEP, 2, dtype=torch.float32, device=q.device)
     tile = _tile("query", q)
     table = query_tiles(segments, tile.block, spec.window)
     query_kernel[(len(table) * q.shape[1],)](
@@ -136,11 +104,10 @@ def keys(
     stats: torch.Tensor,  # [Hq, T + room, 2]
     segments: Segments,
     spec: Spec,
-    grad_q: torch.Tensor | None = None,  # [T, Hq, D]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of k and v; where `grad_q` is given, a float32 tensor, that of q over the scale is added to it."""
+    """The gradients of k and v."""
     grad_k, grad_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    tile = _tile("key" if grad_q is None else "all", q)
+    tile = _tile("key", q)
     heads, width = k.shape[1:]
     work = key_work(segments, tile.block, tile.step, q.shape[1] // heads, heads, spec.window, processors(q.device))
     sums = torch.empty(work.slots, heads, 2, tile.block, width, dtype=torch.float32, device=k.device)
@@ -149,7 +116,6 @@ def keys(
         grad_k,
         grad_v,
         *grad_k.stride()[:2],
-        *_strided(stats if grad_q is None else grad_q),
         sums,
         stats.view(torch.int64),
         stats.shape[1],
@@ -158,7 +124,6 @@ def keys(
         *_numbers(spec),
         HEADS=heads,
         **_constants(q, k, spec, tile),
-        QUERIES=grad_q is not None,
     )
     if work.slots:
         rows = min(_SUM_ROWS, tile.block)
@@ -175,11 +140,6 @@ def keys(
             ROWS=rows,
         )
     return grad_k, grad_v
-
-
-def _room_for_stats(lse: torch.Tensor) -> torch.Tensor:
-    """Statistics [Hq, T + room, 2], as steps of queries are read whole."""
-    return torch.empty(lse.shape[0], lse.shape[1] + _LONGEST_STEP, 2, dtype=torch.float32, device=lse.device)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

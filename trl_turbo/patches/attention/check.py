@@ -87,8 +87,9 @@ def verdict_of(model: nn.Module, original: Callable[..., Any], patch: str, packe
         else:
             known[state] = None, reason
     verdict, reason = known[state]
-    if verdict is not None:
-        hook_kinds(patch, verdict.kinds)  # after unpatch() and patch() the verdict stands and the hooks do not
+    if verdict is not None:  # after unpatch() and patch() the verdict stands, and neither hooks nor name do
+        register()
+        hook_kinds(patch, verdict.kinds)
     return verdict, reason
 
 

@@ -26,9 +26,13 @@ def probe(module: ModuleType, feature: str | None = None) -> str | None:
 
 
 def build(module: ModuleType, feature: str | None = None) -> Iterator[Replacement]:
-    """The name in transformers' tables, which are no attributes; or the feature's way to arrange a pass."""
-    register()
-    if feature is not None:
+    """The name in transformers' tables, which are no attributes; or the feature's way to arrange a pass.
+
+    The latter is applied while accelerate is imported, which transformers imports: a model's first pass registers then.
+    """
+    if feature is None:
+        register()
+    else:
         yield Replacement(module, "arrange", functools.partial(_first, feature))
 
 
