@@ -80,6 +80,7 @@ def check_noted(case: Case, notes: tuple[str, ...] = (), *, late: bool = False) 
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     """Turn packing on, and watch."""
     monkeypatch.setenv("TRL_TURBO_PACKING", "1")
+    monkeypatch.setenv("TRL_TURBO_ATTENTION", "0")
     found = Seen([])
     arrange, over_layout = passes._arrange, interface.over_layout
 
