@@ -132,6 +132,8 @@ def test_family(family: str, trainer: str, seen: Seen) -> None:
 @pytest.mark.parametrize("attention", ["eager", "trl_turbo"])
 def test_softcap(attention: str, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is applied: by eager code, and by our attention under its own name."""
+    if attention == "trl_turbo":
+        monkeypatch.setenv("TRL_TURBO_ATTENTION", "1")
 
     def case_of(name: str) -> Case:
         return Case("GRPO", {"max_steps": 1}, "gemma2", model=lambda path: load(path, attn_implementation=name))
