@@ -295,7 +295,7 @@ def packing() -> str:
         return "Not measured yet."
     data = json.loads(path.read_text())
     about, results = data["environment"], data["results"]
-    names = list(results[0]["timings"])
+    names = list(dict.fromkeys(name for row in results for name in row["timings"]))
     lines = [
         f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
         f"{about['triton']}, TRL {about['trl']}, transformers {about['transformers']}. Medians in ms, in brackets MiB.",

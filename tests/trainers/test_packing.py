@@ -80,6 +80,7 @@ def check_noted(case: Case, notes: tuple[str, ...] = (), *, late: bool = False) 
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     """Turn packing on, and watch."""
     monkeypatch.setenv("TRL_TURBO_PACKING", "1")
+    monkeypatch.setenv("TRL_TURBO_ATTENTION", "0")
     found = Seen([])
     arrange, over_layout = passes._arrange, interface.over_layout
 
@@ -131,6 +132,8 @@ def test_family(family: str, trainer: str, seen: Seen) -> None:
 @pytest.mark.parametrize("attention", ["eager", "trl_turbo"])
 def test_softcap(attention: str, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is applied: by eager code, and by our attention under its own name."""
+    if attention == "trl_turbo":
+        monkeypatch.setenv("TRL_TURBO_ATTENTION", "1")
 
     def case_of(name: str) -> Case:
         return Case("GRPO", {"max_steps": 1}, "gemma2", model=lambda path: load(path, attn_implementation=name))

@@ -93,11 +93,6 @@ def verdict_of(model: nn.Module, original: Callable[..., Any], patch: str, packe
     return verdict, reason
 
 
-def runs_packed(model: nn.Module) -> bool:
-    """Whether a model was found to run on packed rows; not before its first pass."""
-    return any(packed and verdict is not None for (packed, *_), (verdict, _) in _KNOWN.get(model, {}).items())
-
-
 def drops_out(model: nn.Module) -> bool:
     """Whether activations of a model are dropped out now; adapters come and go."""
     return any(isinstance(module, _DropoutNd) and module.training and module.p > 0 for module in model.modules())

@@ -31,8 +31,11 @@ def probe(module: ModuleType, feature: str, trainer_name: str) -> str | None:  #
 
 
 def build(module: ModuleType, feature: str, trainer_name: str) -> Iterator[Replacement]:
-    """The function that sets TRL's forward, and for trainers that are older than the patch, their passes."""
-    yield Replacement(module, "add_fused_lm_head", functools.partial(_then_in_front, feature))
+    """The methods that every pass goes through; the models follow as they come.
+
+    Not the function that sets TRL's forward: accelerate wraps that one when training starts, and what stands below
+    cannot be taken out again.
+    """
     trainer = getattr(module, trainer_name)
     for name in METHODS:
         if hasattr(trainer, name):
@@ -45,15 +48,6 @@ def stand_in_front(feature: str, model: Any) -> None:
     chain = list(_chain(own))
     if any(takes_fused_lm_head(function) for function in chain) and not any(_marked(function) for function in chain):
         extend(f"{feature}.passes", Replacement(model, "forward", functools.partial(_fronted, model)))
-
-
-def _then_in_front(feature: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
-        original(model, *args, **kwargs)
-        stand_in_front(feature, model)
-
-    return add_fused_lm_head
 
 
 def _in_front_first(feature: str, original: Callable[..., Any]) -> Callable[..., Any]:

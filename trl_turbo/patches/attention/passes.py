@@ -102,8 +102,7 @@ def _arrange(
     ids, mask, positions = (given.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids"))
     if len(args) > 1 or not isinstance(ids, torch.Tensor) or ids.dim() != 2 or targets.shape != ids.shape:
         return "it is called with something else than ids [B, L], as prompt-learning adapters do"
-    config: Any = model.config
-    if given.pop("output_router_logits", False) or getattr(config.get_text_config(), "output_router_logits", False):
+    if given.pop("output_router_logits", False) or _counts_tokens(model):
         return "the load-balancing loss of its experts counts every token of the batch"
     for name, value in given.items():
         if value is not None and value is not False and name not in _IDLE:
@@ -145,6 +144,18 @@ def _arrange(
         return Arranged(given, rows.pack(targets.to(ids.device)), rows, layout, verdict.layers)
     given |= {"input_ids": ids} if positions is None else {"input_ids": ids, "position_ids": positions}
     return Arranged(given, targets, None, layout, verdict.layers)
+
+
+def runs_packed(model: nn.Module) -> bool:
+    """Whether the passes of a model go to packed rows, as far as that does not depend on the batch."""
+    if torch.compiler.is_compiling() or _counts_tokens(model):
+        return False
+    verdict, _ = verdict_of(model, type(model).forward, "packing.passes", True)
+    return verdict is not None and not (model.training and verdict.attention_dropout)
+
+
+def _counts_tokens(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
 def _shares(model: nn.Module) -> bool:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from trl_turbo.compat.signatures import misfit
-from trl_turbo.patches.attention.check import drops_out, runs_packed
+from trl_turbo.patches.attention.check import drops_out
+from trl_turbo.patches.attention.passes import runs_packed
 from trl_turbo.patches.logprob.hook import causal_lms
 from trl_turbo.patches.logprob.policy import FIRST, method_name
 from trl_turbo.patching import Replacement
@@ -54,24 +55,15 @@ def _by_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
         others = any(v is not None for k, v in rest.items() if k not in _ROWLESS) or rest.get("compute_aux_loss")
         if torch.is_grad_enabled() or not rows or rows >= len(input_ids) or others:
             return original(self, *first, *args, **kwargs)
+        causal_lm = next(causal_lms(model), None)
+        with self.accelerator.autocast():  # as the pass itself will be
+            if causal_lm is None or not runs_packed(causal_lm):
+                return original(self, *first, *args, **kwargs)
+        ends = chunk_ends(input_ids, attention_mask, logits_to_keep, rows, share=not drops_out(causal_lm))
         parts = []
-
-        def score(start: int, end: int) -> None:
+        for start, end in zip([0, *ends], ends, strict=False):
             cut = {**rest, "batch_size": end - start}
             parts.append(original(self, model, input_ids[start:end], attention_mask[start:end], logits_to_keep, **cut))
-
-        start, causal_lm = 0, next(causal_lms(model), None)
-        if causal_lm is not None and not runs_packed(causal_lm):
-            score(0, start := rows)  # one of TRL's: then it is known whether this model is packed
-        if causal_lm is None or not runs_packed(causal_lm):
-            ends = [*range(start + rows, len(input_ids), rows), len(input_ids)]
-        else:
-            share = not drops_out(causal_lm)
-            ends = chunk_ends(input_ids[start:], attention_mask[start:], logits_to_keep, rows, share=share)
-            ends = [start + end for end in ends]
-        for end in ends:
-            score(start, end)
-            start = end
         return tuple(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
 
     return method
