@@ -25,6 +25,15 @@ def patch(
     norms: bool | None = None,
     rope: bool | None = None,
     mlp: bool | None = None,
+    dashboard: bool | None = None,
+    guards: bool | None = None,
+    guard_chat_template: bool | None = None,
+    guard_constant_reward: bool | None = None,
+    guard_truncated: bool | None = None,
+    guard_learning_rate: bool | None = None,
+    guard_group_size: bool | None = None,
+    guard_logp_drift: bool | None = None,
+    guard_context: bool | None = None,
     **features: bool | None,
 ) -> Report:
     """Patch TRL in place. Call it anywhere in a script, before or after the imports.
@@ -55,6 +64,16 @@ def patch(
             is proven on the CPU and not yet measured on a GPU, like ``rope`` and ``mlp``.
         rope: The rotary embedding of any model whose ``apply_rotary_pos_emb`` computes what our op does.
         mlp: Gated MLPs of any model, between their own linears, where they compute what our op does.
+        dashboard: While a TRL trainer trains, a live table and small charts where its progress bars are, and in
+            ``<output_dir>/trl_turbo`` a JSON-lines log, the latest completions and at the end an HTML report.
+        guards: Warnings of what costs people hours, each with its remedy and each off by its own keyword:
+        guard_chat_template: chats, and a tokenizer without a chat template;
+        guard_constant_reward: a reward that does not change for many steps;
+        guard_truncated: no completion that comes to its end;
+        guard_learning_rate: a learning rate for LoRA that is far off TRL's default;
+        guard_group_size: a group size that does not divide the batch;
+        guard_logp_drift: log-probs of rollouts that drift away from the trainer's;
+        guard_context: prompts that are longer than the context.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
             (``rollout``, ``lora``, ``norms``, ``rope`` and ``mlp`` are off).
@@ -83,6 +102,15 @@ def patch(
             "norms": norms,
             "rope": rope,
             "mlp": mlp,
+            "dashboard": dashboard,
+            "guards": guards,
+            "guard_chat_template": guard_chat_template,
+            "guard_constant_reward": guard_constant_reward,
+            "guard_truncated": guard_truncated,
+            "guard_learning_rate": guard_learning_rate,
+            "guard_group_size": guard_group_size,
+            "guard_logp_drift": guard_logp_drift,
+            "guard_context": guard_context,
             **features,
         },
     )

@@ -39,7 +39,7 @@ def _launch(out: Path) -> None:
     result = subprocess.run(
         [*command, "--module", "tests.trainers.ddp_worker", str(out)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TRL_TURBO_DASHBOARD": "0"},
         capture_output=True,
         text=True,
         timeout=800,

@@ -12,6 +12,7 @@ BUILTIN: tuple[str, ...] = (
     # Before the blocks: what is applied last sees a model first, and an MLP with adapters is one function over theirs
     "trl_turbo.patches.lora",
     "trl_turbo.patches.blocks",
+    "trl_turbo.patches.people",
 )
 
 #: Keywords of ``patch()`` that exist whether or not the plugin module behind them can be imported.
@@ -22,4 +23,6 @@ FEATURES: dict[str, str] = {
     "norms": "RMSNorms that keep their input and one number a row for backward",
     "rope": "rotary embeddings in one pass over queries and keys",
     "mlp": "gated MLPs that keep gate and up alone between their linears",
+    "dashboard": "a live table and charts while a TRL trainer trains, a JSON-lines log and an HTML report",
+    "guards": "warnings of what costs people hours, each with its remedy",
 }

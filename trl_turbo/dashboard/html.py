@@ -1,0 +1,105 @@
+"""The HTML report, and the part of it that a notebook shows: one file that fetches nothing."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from trl_turbo.dashboard.record import Record
+from trl_turbo.dashboard.samples import Samples, text_of
+from trl_turbo.dashboard.table import sparkline
+from trl_turbo.report import Note
+
+WITHOUT_CHARTS = "No charts: matplotlib is not installed; pip install 'trl-turbo[plot]' brings it."
+_COLUMNS = 2
+
+_FRAGMENT = """
+<table class="last"><thead><tr><th></th><th>last</th><th>lowest</th><th>highest</th><th>course</th></tr></thead><tbody>
+{% for title, series in charts.items() %}{% for name, values in series.items() -%}
+<tr><td>{{ name }}{% if title == "Memory, GiB" %} (GiB){% endif %}</td><td>{{ number(values[-1]) }}</td>
+<td>{{ number(values | min) }}</td><td>{{ number(values | max) }}</td><td class="course">{{ sparkline(values) }}</td></tr>
+{% endfor %}{% endfor %}</tbody></table>
+{{ svg }}
+"""
+_SAMPLES = """
+<table class="samples"><thead><tr><th>prompt</th><th>completion</th>
+{%- for name in names %}<th>{{ name }}</th>{% endfor %}<th>advantage</th></tr></thead><tbody>
+{% for row in rows -%}
+<tr><td class="text">{{ text(row.prompt) }}</td><td class="text">{{ text(row.completion) }}</td>
+{%- for name in names %}<td>{{ number(row.rewards.get(name)) }}</td>{% endfor %}<td>{{ number(row.advantage) }}</td></tr>
+{% endfor %}</tbody></table>
+"""
+
+
+@functools.cache
+def _templates() -> dict[str, Any]:
+    # What a model writes is anything: it is escaped
+    environment = Environment(autoescape=True, trim_blocks=True)
+    environment.globals.update(number=_number, sparkline=sparkline, text=text_of)
+    page = (Path(__file__).parent / "report.html.j2").read_text()
+    sources = {"page": page, "fragment": _FRAGMENT, "samples": _SAMPLES}
+    return {name: environment.from_string(source) for name, source in sources.items()}
+
+
+def page(record: Record, samples: Samples | None = None, notes: Iterable[Note] = ()) -> str:
+    """Return the whole report as HTML."""
+    return _templates()["page"].render(
+        title=f"{record.facts.get('trainer', 'Training')}: what it logged",
+        facts=record.facts,
+        fragment=Markup(fragment(record)),  # escaped where it was rendered
+        notes=list(notes),
+        samples=Markup(samples_html(samples)) if samples else None,
+    )
+
+
+def fragment(record: Record) -> str:
+    """Return the table of last values and the charts as HTML."""
+    charts = {
+        title: {name: [value for _, value in points] for name, points in series.items()}
+        for title, series in record.series().items()
+    }
+    return _templates()["fragment"].render(charts=charts, svg=Markup(svg(record)))
+
+
+def samples_html(samples: Samples) -> str:
+    """Return completions as an HTML table."""
+    names = list(dict.fromkeys(name for row in samples for name in row.rewards))
+    return _templates()["samples"].render(rows=list(samples), names=names)
+
+
+def svg(record: Record) -> str:
+    """Return the charts as one SVG whose words are text, or why there are none, where matplotlib is not installed."""
+    charts = record.series()
+    if not charts:
+        return "<p>Nothing was logged.</p>"
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return f"<p>{WITHOUT_CHARTS}</p>"
+    rows = -(-len(charts) // _COLUMNS)
+    # A Figure of its own: pyplot would pick a backend and keep it for the whole process
+    figure = Figure(figsize=(11, 2.9 * rows), layout="constrained")
+    for place, (title, series) in enumerate(charts.items(), 1):
+        axes = figure.add_subplot(rows, _COLUMNS, place)
+        for name, points in series.items():
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, linewidth=1.5, marker="o" if len(points) < 3 else None, markersize=3, label=name)
+        axes.set(title=title, xlabel="step")
+        axes.legend(fontsize="x-small")
+        axes.grid(alpha=0.3)
+    out = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "trl_turbo"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}"
