@@ -58,7 +58,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(tiny, tmp_p
     trl_turbo.save_lora(adapted(tiny), tmp_path)
     other = adapted(tiny, **settings)
     before = {name: value.clone() for name, value in adapter(other).items()}
-    with pytest.raises(ValueError, match="does not fit the model's active one: .* pass the model without an adapter"):
+    with pytest.raises(ValueError, match=r"does not fit the model's active one: .* pass the model without an adapter"):
         trl_turbo.load_lora(other, tmp_path)
     assert all(torch.equal(value, adapter(other)[name]) for name, value in before.items())
 

@@ -64,6 +64,7 @@ class Dashboard(TrainerCallback):
 
     @_harmless
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Begin the log."""
         self.step = state.global_step
         self._began = time.perf_counter()
         model = self._trainer.model
@@ -85,16 +86,19 @@ class Dashboard(TrainerCallback):
 
     @_harmless
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """What follows is the optimizer's."""
         if self._memory is not None:
             self._memory.switch(memory.OPTIMIZER)
 
     @_harmless
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """The optimizer is done."""
         if self._memory is not None:
             self._memory.switch(memory.TRAINING)
 
     @_harmless
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Keep, write and show what was logged."""
         self.step = state.global_step
         taken = self._memory.take() if self._memory is not None else {}
         row = self.record.add(logs or {}, step=self.step, time_s=time.perf_counter() - self._began, memory_bytes=taken)
@@ -108,6 +112,7 @@ class Dashboard(TrainerCallback):
 
     @_harmless
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Write the report."""
         self.finish()
 
     def samples(self, n: int = 8) -> samples.Samples | None:

@@ -19,37 +19,19 @@ from trl_turbo.report import Note
 WITHOUT_CHARTS = "No charts: matplotlib is not installed; pip install 'trl-turbo[plot]' brings it."
 _COLUMNS = 2
 
-_FRAGMENT = """
-<table class="last"><thead><tr><th></th><th>last</th><th>lowest</th><th>highest</th><th>course</th></tr></thead><tbody>
-{% for title, series in charts.items() %}{% for name, values in series.items() -%}
-<tr><td>{{ name }}{% if title == "Memory, GiB" %} (GiB){% endif %}</td><td>{{ number(values[-1]) }}</td>
-<td>{{ number(values | min) }}</td><td>{{ number(values | max) }}</td><td class="course">{{ sparkline(values) }}</td></tr>
-{% endfor %}{% endfor %}</tbody></table>
-{{ svg }}
-"""
-_SAMPLES = """
-<table class="samples"><thead><tr><th>prompt</th><th>completion</th>
-{%- for name in names %}<th>{{ name }}</th>{% endfor %}<th>advantage</th></tr></thead><tbody>
-{% for row in rows -%}
-<tr><td class="text">{{ text(row.prompt) }}</td><td class="text">{{ text(row.completion) }}</td>
-{%- for name in names %}<td>{{ number(row.rewards.get(name)) }}</td>{% endfor %}<td>{{ number(row.advantage) }}</td></tr>
-{% endfor %}</tbody></table>
-"""
-
 
 @functools.cache
 def _templates() -> dict[str, Any]:
     # What a model writes is anything: it is escaped
     environment = Environment(autoescape=True, trim_blocks=True)
     environment.globals.update(number=_number, sparkline=sparkline, text=text_of)
-    page = (Path(__file__).parent / "report.html.j2").read_text()
-    sources = {"page": page, "fragment": _FRAGMENT, "samples": _SAMPLES}
-    return {name: environment.from_string(source) for name, source in sources.items()}
+    found = Path(__file__).parent.glob("*.html.j2")
+    return {path.name.partition(".")[0]: environment.from_string(path.read_text()) for path in found}
 
 
 def page(record: Record, samples: Samples | None = None, notes: Iterable[Note] = ()) -> str:
     """Return the whole report as HTML."""
-    return _templates()["page"].render(
+    return _templates()["report"].render(
         title=f"{record.facts.get('trainer', 'Training')}: what it logged",
         facts=record.facts,
         fragment=Markup(fragment(record)),  # escaped where it was rendered
@@ -96,7 +78,7 @@ def svg(record: Record) -> str:
         axes.grid(alpha=0.3)
     out = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "trl_turbo"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = out.getvalue()
     return text[text.index("<svg") :]
 
