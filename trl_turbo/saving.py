@@ -84,8 +84,10 @@ def save_pretrained_merged(
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         state = dict(_merged(base))
     config = copy.deepcopy(base.config)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
+    # The second is how transformers 4 remembers what the weights were; as a dtype it cannot be written
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if getattr(config, name, None) is not None:
+            delattr(config, name)
     ties = getattr(config, "tie_word_embeddings", False)
     if ties and not _still_tied(base, state):
         # An adapter on one of the two made them two

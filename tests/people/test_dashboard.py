@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 from pathlib import Path
@@ -80,7 +81,8 @@ def test_writes_what_the_trainer_logs_and_a_report(name: str, tiny: Path, tmp_pa
     kept = [row for row in logged if "train_runtime" not in row]
     assert len(own) == len(kept) >= 3
     for entry, row in zip(own, kept, strict=True):
-        assert {k: v for k, v in entry.items() if isinstance(v, float)}.items() <= row.items()
+        finite = {k: v for k, v in entry.items() if isinstance(v, float) and math.isfinite(v)}
+        assert finite.items() <= row.items()
     record = Record({}, logged)
     assert set(SHOWN[name]) <= set(record.series()), "a chart of what TRL logs is missing"
     page = (tmp_path / "trl_turbo" / "report.html").read_text()
@@ -202,7 +204,9 @@ def test_samples_are_those_that_were_sampled_last(tiny: Path, tmp_path: Path) ->
     found = trl_turbo.samples(trainer, 3)
     assert [sample.completion for sample in found] == seen[-3:]
     assert [sample.rewards["watching"] for sample in found] == pytest.approx(vowels(seen[-3:]))
-    assert all(sample.prompt in PROMPTS for sample in found)
+    # Some TRLs decode the prompt without its spaces
+    asked = {prompt.replace(" ", "") for prompt in PROMPTS}
+    assert {sample.prompt.replace(" ", "") for sample in found} <= asked
     assert "watching" in str(found)
     assert "<table" in found._repr_html_()
     from trl_turbo.dashboard.samples import read

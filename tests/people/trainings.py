@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,6 +97,7 @@ def ppo(tiny: Path, out: Path, steps: int = 3, **options: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(tiny, padding_side="left")
     data = Dataset.from_list([{"input_ids": tokenizer(prompt)["input_ids"]} for prompt in PROMPTS])
     settings = {**common(out, -1, **options), "max_steps": -1, "total_episodes": 4 * steps, "response_length": 12}
+    torch.manual_seed(3)  # the heads of the two are drawn
     score, value = (AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1) for _ in range(2))
     return PPOTrainer(
         args=PPOConfig(num_ppo_epochs=1, num_mini_batches=1, num_sample_generations=0, **settings),

@@ -72,7 +72,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the same 
 
     The exit code is 0 where everything that can be patched is; what is off by default, or by a switch, can be.
     """
-    from trl_turbo.cli.doctor import diagnose, show
+    from trl_turbo.cli.diagnosis import diagnose, show
 
     found = diagnose()
     if as_json:
@@ -100,7 +100,7 @@ def run(
     follows the script is the script's own.
     """
     import trl_turbo
-    from trl_turbo.cli.run import UsageError, flush, run_script, split
+    from trl_turbo.cli.script import UsageError, flush, run_script, split
 
     try:
         keywords, (script, *arguments) = split(context.args)

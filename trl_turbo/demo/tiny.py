@@ -46,6 +46,8 @@ def make_tokenizer(vocab_size: int = SMALLEST_VOCABULARY) -> PreTrainedTokenizer
         eos_token=EOS,
         unk_token=UNKNOWN,
         padding_side="left",
+        # Without this transformers 4 makes token types as well, which `generate` refuses
+        model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
     )
 

@@ -51,22 +51,22 @@ def run_script(script: str, arguments: Sequence[str]) -> int:
     globals, and child processes of multiprocessing import it by its path. An exception is printed with the frames of
     the script and of what it called.
     """
-    path = Path(script)
+    path = Path(script).absolute()  # as python has it in __file__ and in tracebacks
     try:
-        with io.open_code(str(path.absolute())) as stream:
+        with io.open_code(str(path)) as stream:
             source = stream.read()
     except OSError as error:
-        sys.stderr.write(f"trl-turbo run: can't open file {str(path)!r}: {error.strerror}\n")
+        sys.stderr.write(f"trl-turbo run: can't open file {script!r}: {error.strerror}\n")
         return 2
     sys.argv = [script, *arguments]
     # Of the script itself where it is a link, as python does
     sys.path[0] = str(path.resolve().parent)
     main = types.ModuleType("__main__")
-    loader = importlib.machinery.SourceFileLoader("__main__", script)
-    vars(main).update(__file__=script, __builtins__=builtins, __loader__=loader, __cached__=None)
+    loader = importlib.machinery.SourceFileLoader("__main__", str(path))
+    vars(main).update(__file__=str(path), __builtins__=builtins, __loader__=loader, __cached__=None)
     sys.modules["__main__"] = main
     try:
-        exec(compile(source, script, "exec", dont_inherit=True), vars(main))
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(main))
     except SystemExit:
         raise
     except BaseException as error:
