@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from transformers import set_seed
 
 import trl_turbo
 from trl_turbo.dashboard import memory
@@ -49,7 +50,9 @@ def test_numbers_are_the_same_to_the_bit_with_and_without(name: str, tiny: Path,
     found = []
     for on in (False, True):
         trl_turbo.patch(dashboard=on, guards=on, strict=True, verbose=False)
+        set_seed(5)
         trainer = made(name, tiny, tmp_path / str(on), 3, disable_tqdm=True)
+        set_seed(7)  # PPO draws its first batch from wherever the process is
         trainer.train()
         found.append(numbers(trainer))
         assert (tmp_path / str(on) / "trl_turbo").exists() == on
