@@ -11,18 +11,23 @@ another folder, stock. Writes OUT.json and OUT.png.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, models
 
-PATCH = "import trl_turbo; trl_turbo.patch(rollout=True)"
+#: What is not on by default yet.
+FEATURES = ("rollout", "lora", "norms", "rope", "mlp", "checkpointing", "mlp_tiling", "memory")
 #: Mean difference of a sampled token's log-prob between vLLM and the trainer; the weights are then not the same.
 LARGEST_GAP = 0.05
+#: Contestants that need a package.
+PEERS = {"trl+liger": "liger_kernel", "unsloth": "unsloth"}
 SHOWN = (
     ("peak_gb", "peak GB"),
     ("step_s", "step s"),
@@ -34,8 +39,19 @@ SHOWN = (
 )
 
 
-def run(given: list[str], path: str | None, log: Path) -> dict[str, Any]:
+def patch_line(features: Iterable[str]) -> str:
+    """What a script says for these features, and no others."""
+    return f"import trl_turbo; trl_turbo.patch({', '.join(f'{name}=True' for name in features)})"
+
+
+def run(given: list[str], path: str | None, log: Path, module: str = "benchmarks.grpo_run") -> dict[str, Any]:
     """Train once in a new process.
+
+    Args:
+        given: Arguments of the module.
+        path: Where to import TRL from, if not from the environment.
+        log: What it prints goes here.
+        module: What runs.
 
     Returns:
         What it measured, or `error` with the last line that it printed.
@@ -44,14 +60,12 @@ def run(given: list[str], path: str | None, log: Path) -> dict[str, Any]:
     if path:
         env["PYTHONPATH"] = path + (os.pathsep + env["PYTHONPATH"] if env.get("PYTHONPATH") else "")
     with log.open("w") as out:
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.grpo_run", *given], stdout=out, stderr=subprocess.STDOUT, env=env
-        )
+        subprocess.run([sys.executable, "-m", module, *given], stdout=out, stderr=subprocess.STDOUT, env=env)
     lines = log.read_text(errors="replace").splitlines()
     for line in lines:
         if line.startswith("RESULT "):
             found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-            if not (found["logp_gap_largest"] or 0) <= LARGEST_GAP:
+            if not (found.get("logp_gap_largest") or 0) <= LARGEST_GAP:
                 return {"error": f"its samples are of other weights: gap {found['logp_gap_largest']:.3g}"} | found
             return found
     return {"error": next((line for line in reversed(lines) if line.strip()), "printed nothing")}
@@ -65,7 +79,7 @@ def picture(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
 
     drawn = {name: r for name, r in results.items() if "error" not in r}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axis, (key, label) in zip(axes, (SHOWN[0], SHOWN[1], SHOWN[4]), strict=True):
+    for axis, (key, label) in zip(axes, (SHOWN[0], SHOWN[1], SHOWN[3]), strict=True):
         bars = axis.bar(list(drawn), [r[key] for r in drawn.values()])
         axis.bar_label(bars, fmt="%.4g")
         axis.set_title(label)
@@ -79,9 +93,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where the model is or will be; by default under /tmp")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="+", help="contestants, by name")
+    parser.add_argument("--features", nargs="*", default=FEATURES, help="of patch(), for trl_turbo")
     parser.add_argument("--path", action="append", default=[], metavar="NAME=FOLDER")
     args, given = parser.parse_known_args()
-    about = measure.environment(("trl", "vllm", "transformers", "peft", "triton"))
+    about = measure.environment(
+        ("trl", "vllm", "transformers", "peft", "triton", "liger-kernel", "unsloth", "bitsandbytes")
+    )
     print("  ".join(f"{key} {value}" for key, value in about.items()))
     folder = args.folder or Path("/tmp") / f"trl_turbo-{args.shape}"
     # In a process of its own too, so that no memory of this one is in any peak
@@ -89,10 +106,16 @@ def main() -> int:
     contestants: dict[str, tuple[list[str], str | None]] = {
         name: ([], path) for name, path in (each.split("=", 1) for each in args.path)
     }
-    contestants |= {"trl": ([], None), "trl_turbo": (["--before", PATCH], None)}
+    contestants |= {
+        "trl": ([], None),
+        "trl+liger": (["--liger"], None),
+        "unsloth": (["--unsloth"], None),
+        "trl_turbo": (["--before", patch_line(args.features)], None),
+    }
+    missing = {name for name, package in PEERS.items() if importlib.util.find_spec(package) is None}
     results = {}
     for name, (more, path) in contestants.items():
-        if args.only and name not in args.only:
+        if (args.only and name not in args.only) or name in missing:
             continue
         log = Path(f"{args.out or '/tmp/trl_turbo_bench'}.{name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +128,13 @@ def main() -> int:
         ratios = {key: ours[key] / stock[key] for key in ("peak_gb", "step_s", "train_s", "tokens_s")}
         print("trl_turbo / trl:  " + "  ".join(f"{key} {value:.2f}x" for key, value in ratios.items()))
     if args.out is not None:
-        data = {"environment": about, "shape": args.shape, "arguments": given, "results": results}
+        data = {
+            "environment": about,
+            "shape": args.shape,
+            "arguments": given,
+            "features": list(args.features),
+            "results": results,
+        }
         args.out.with_name(args.out.name + ".json").write_text(json.dumps(data, indent=1) + "\n")
         title = f"GRPO, {args.shape}, {' '.join(given) or 'defaults'}, {about['card']}"
         picture(results, title, args.out.with_name(args.out.name + ".png"))

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import threading
 import time
 from typing import Any
@@ -29,6 +30,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=0.1, help="vllm_gpu_memory_utilization")
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--liger", action="store_true")
+    parser.add_argument("--unsloth", action="store_true", help="load through Unsloth, with its engine")
+    parser.add_argument("--sleep", action="store_true", help="vllm_enable_sleep_mode")
+    parser.add_argument("--cap-gb", type=float, help="let torch take so much and no more, and vLLM its share of it")
     return parser.parse_args()
 
 
@@ -40,7 +44,7 @@ class Peak:
 
         self._info = torch.cuda.mem_get_info
         torch.cuda.init()
-        self._base = self._used()
+        self.base = self._used()
         self.bytes = 0
         self._running = True
         threading.Thread(target=self._watch, daemon=True).start()
@@ -50,7 +54,7 @@ class Peak:
         return total - free
 
     def now(self) -> int:
-        return self._used() - self._base
+        return self._used() - self.base
 
     def _watch(self) -> None:
         while self._running:
@@ -76,19 +80,25 @@ def odd_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def main() -> None:
-    args = arguments()
-    exec(args.before)
+def capped(cap_gb: float | None) -> float:
+    """Let torch take no more than a cap, the context included; returns the cap's share of the device."""
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
 
-    peak = Peak()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    free, total = torch.cuda.mem_get_info()
+    if cap_gb is None:
+        return 1.0
+    left = cap_gb * 2**30 - (total - free)
+    torch.cuda.set_per_process_memory_fraction(max(0.0, left / total))
+    return cap_gb * 2**30 / total
+
+
+def load(folder: str, load_in_4bit: bool) -> Any:
+    """The model as a TRL script loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     extra: dict[str, Any] = {}
-    if args.load_in_4bit:
+    if load_in_4bit:
         extra["device_map"] = {"": 0}
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -96,7 +106,54 @@ def main() -> None:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **extra)
 
+
+def load_unsloth(args: argparse.Namespace, share: float) -> Any:
+    """The model with its adapter as Unsloth's notebooks load it, with its engine over the same weights."""
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=args.model,
+        max_seq_length=args.prompt + args.completion + 16,
+        load_in_4bit=args.load_in_4bit,
+        fast_inference=True,
+        max_lora_rank=args.rank,
+        gpu_memory_utilization=share,
+    )
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        target_modules=projections,
+        use_gradient_checkpointing="unsloth",
+        random_state=1,
+    )
+
+
+def plan_of(trainer: Any) -> tuple[Any, Any]:
+    """What trl_turbo plans for this trainer, and what it measured of each phase, where it is on."""
+    turbo = sys.modules.get("trl_turbo")
+    if turbo is None:
+        return None, None
+    return turbo.plan(trainer).to_dict(), turbo.status().peaks
+
+
+def main() -> None:
+    args = arguments()
+    if args.unsloth:
+        import unsloth  # noqa: F401  (ahead of TRL, which it patches)
+    exec(args.before)
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    peak = Peak()
+    share = args.share * capped(args.cap_gb)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     step_times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -127,17 +184,26 @@ def main() -> None:
         use_liger_kernel=args.liger,
         use_vllm=True,
         vllm_mode="colocate",
-        vllm_gpu_memory_utilization=args.share,
+        vllm_gpu_memory_utilization=share,
+        vllm_enable_sleep_mode=args.sleep,
         vllm_max_model_length=args.prompt + args.completion + 16,
     )
-    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    if args.unsloth:
+        model, adapter = load_unsloth(args, share), None
+    else:
+        model = load(args.model, args.load_in_4bit)
+        adapter = (
+            LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            if args.rank
+            else None
+        )
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, **extra),
+        model=model,
         reward_funcs=odd_tokens,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": prompts(tokenizer, args.prompt)}),
         processing_class=tokenizer,
-        peft_config=lora if args.rank else None,
+        peft_config=adapter,
         callbacks=[Clock()],
     )
     rollouts: list[float] = []
@@ -153,7 +219,9 @@ def main() -> None:
 
     trainer._generate_single_turn = timed
     syncs: list[float] = []
-    sync_weights = trainer.vllm_generation.sync_weights
+    # Unsloth samples from an engine of its own, which TRL's object may not stand before
+    generation = getattr(trainer, "vllm_generation", None)
+    sync_weights = getattr(generation, "sync_weights", None)
 
     def synced(*given: Any, **named: Any) -> Any:
         torch.cuda.synchronize()
@@ -162,15 +230,16 @@ def main() -> None:
         torch.cuda.synchronize()
         syncs.append(time.perf_counter() - begin)
 
-    trainer.vllm_generation.sync_weights = synced
+    if sync_weights is not None:
+        generation.sync_weights = synced
     loaded = peak.now()
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     top = peak.stop()
     half = args.steps // 2  # the first ones compile and warm up
     step, rollout = statistics.median(step_times[half:]), statistics.median(rollouts[half:])
-    llm = trainer.vllm_generation.llm
-    shared = getattr(llm, "shared", None)
+    shared = getattr(getattr(generation, "llm", None), "shared", None)
+    planned, phases = plan_of(trainer)
     history = trainer.state.log_history
     gaps = [entry[name] for entry in history for name in entry if name.endswith("sampling_logp_difference/mean")]
     result = {
@@ -188,7 +257,12 @@ def main() -> None:
         "logp_gap_last": gaps[-1] if gaps else None,
         "loss": [entry["loss"] for entry in history if "loss" in entry][:4],
         "memory": shared.memory_report().to_dict() if shared is not None else None,
+        "in_use_at_first_gb": peak.base / 2**30,
+        "plan": planned,
+        "phases": phases,
     }
+    if args.cap_gb is not None and peak.base + top > args.cap_gb * 2**30:
+        result["error"] = f"took {(peak.base + top) / 2**30:.1f} GB of a cap of {args.cap_gb:g}"
     print("RESULT " + json.dumps(result), flush=True)
     os._exit(0)  # vLLM's teardown takes longer than some of these runs
 

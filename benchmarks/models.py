@@ -40,6 +40,32 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "qwen3-8b": (
+        "Qwen3Config",
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 4096,
+            "intermediate_size": 12_288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "phi-4": (
+        "Phi3Config",
+        {
+            "vocab_size": 100_352,
+            "hidden_size": 5120,
+            "intermediate_size": 17_920,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 10,
+            "original_max_position_embeddings": 32_768,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trl_turbo.dashboard.samples import samples as samples
     from trl_turbo.hookspecs import hookimpl as hookimpl
     from trl_turbo.loading import from_pretrained as from_pretrained
+    from trl_turbo.memory_plan import plan as plan
     from trl_turbo.saving import load_lora as load_lora
     from trl_turbo.saving import save_lora as save_lora
     from trl_turbo.saving import save_pretrained_merged as save_pretrained_merged
@@ -29,6 +30,7 @@ __all__ = [
     "load_lora",
     "patch",
     "patch_trl",
+    "plan",
     "samples",
     "save_lora",
     "save_pretrained_merged",
@@ -45,6 +47,7 @@ _LATE = {
     "samples": "trl_turbo.dashboard.samples",
     "save_lora": "trl_turbo.saving",
     "save_pretrained_merged": "trl_turbo.saving",
+    "plan": "trl_turbo.memory_plan",
 }
 
 

@@ -16,7 +16,7 @@ WORDS: dict[str, tuple[str, ...]] = {"rollout": ("script",)}
 OPT_IN: dict[str, str] = {
     feature: "off by default until it is measured on a GPU; "
     f"patch({feature}=True) or {PREFIX}_{feature.upper()}=1 turns it on"
-    for feature in ("rollout", "lora", "norms", "rope", "mlp")
+    for feature in ("rollout", "lora", "norms", "rope", "mlp", "checkpointing", "mlp_tiling", "memory")
 }
 #: Names that no feature may have: keywords of ``patch()`` and switches that mean something else.
 RESERVED = frozenset({"strict", "verbose", "plugins", *settings.WORDS})

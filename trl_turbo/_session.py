@@ -17,7 +17,7 @@ from trl_turbo import _import_hook, _logs, _plan, patching, report, settings
 from trl_turbo._features import Switches
 from trl_turbo._plan import Intent, Plan, Sources
 from trl_turbo.patching import Ledger, Patch, Replacement
-from trl_turbo.report import NoteLog, Report, Row, Status
+from trl_turbo.report import NoteLog, PeakLog, Report, Row, Status
 
 logger = _logs.get()
 
@@ -74,6 +74,7 @@ class Session:
         self._strict = False
         self._verbose: bool | None = None
         self._notes = NoteLog()
+        self._peaks = PeakLog()
         self._last = Report()
 
     def patch(self, *, strict: bool, verbose: bool | None, features: dict[str, Any]) -> Report:
@@ -108,7 +109,9 @@ class Session:
                 report.set_current(None)
                 settings.set_current(None)
                 patching.set_current(None)
+                report.set_applied(None)
                 self._notes = NoteLog()
+                self._peaks = PeakLog()
         if plan is not None:
             self._announce(found, verbose, plan)
         return found
@@ -138,6 +141,11 @@ class Session:
         if wanted() and not self._ledger.stands(name, replacement):
             self._ledger.replace(name, (replacement,), wanted=wanted)
 
+    def _applied(self) -> frozenset[str]:
+        """Serve :func:`trl_turbo.report.applied_features`."""
+        with self._lock:
+            return frozenset(s.patch.feature for s in self._states.values() if s.status is Status.APPLIED)
+
     # -- intent ------------------------------------------------------------------------------------------------------
 
     def _adopt(self, switches: Switches) -> bool:
@@ -159,6 +167,7 @@ class Session:
             report.set_current(self._publish())
             settings.set_current(dict(new.asked.settings))
             patching.set_current(self._extend)
+            report.set_applied(self._applied)
         for sentence in new.warnings:
             self._notes.add("switches", sentence)
         return True
@@ -285,7 +294,7 @@ class Session:
         versions = self._last.versions
         if self._plan is not None:
             failures, versions = self._plan.plugins.failures, self._plan.versions
-        self._last = Report([*rows, *failures], versions, self._notes)
+        self._last = Report([*rows, *failures], versions, self._notes, self._peaks)
         return self._last
 
     def _announce(

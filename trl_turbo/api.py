@@ -34,6 +34,9 @@ def patch(
     guard_group_size: bool | None = None,
     guard_logp_drift: bool | None = None,
     guard_context: bool | None = None,
+    checkpointing: bool | None = None,
+    mlp_tiling: bool | None = None,
+    memory: bool | None = None,
     **features: bool | None,
 ) -> Report:
     """Patch TRL in place. Call it anywhere in a script, before or after the imports.
@@ -74,9 +77,17 @@ def patch(
         guard_group_size: a group size that does not divide the batch;
         guard_logp_drift: log-probs of rollouts that drift away from the trainer's;
         guard_context: prompts that are longer than the context.
+        checkpointing: With ``gradient_checkpointing=True``, layers' inputs wait for backward in pinned host memory, to
+            the bit, unless that is short or waiting for the copies takes more than 3 % of forward and backward. Off
+            unless asked for: it is proven on the CPU and not yet measured on a GPU, like ``mlp_tiling``.
+        mlp_tiling: Gated MLPs run at most 8,192 rows at a time, in checkpointed layers and in passes without gradients.
+        memory: ``status()`` shows what rollouts and training took at the driver beside what :func:`trl_turbo.plan`
+            predicts; running out of memory raises the same error with the plan, what overflowed and the one setting to
+            change, and saves the last completed step first. Off unless asked for, like ``checkpointing``.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
-            (``rollout``, ``lora``, ``norms``, ``rope`` and ``mlp`` are off).
+            (``rollout``, ``lora``, ``norms``, ``rope``, ``mlp``, ``checkpointing``, ``mlp_tiling`` and ``memory`` are
+            off).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:
@@ -111,6 +122,9 @@ def patch(
             "guard_group_size": guard_group_size,
             "guard_logp_drift": guard_logp_drift,
             "guard_context": guard_context,
+            "checkpointing": checkpointing,
+            "mlp_tiling": mlp_tiling,
+            "memory": memory,
             **features,
         },
     )

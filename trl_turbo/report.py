@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -80,6 +80,34 @@ class NoteLog:
             return iter(tuple(self._notes))
 
 
+class PeakLog:
+    """Memory of one session's trainings by phase, shared by every report of it. Thread-safe.
+
+    Each phase has `predicted` and `measured`, in bytes of the device, as far as they are known; what is measured is the
+    most that the driver reported at the end of a phase.
+    """
+
+    def __init__(self, peaks: Mapping[str, Mapping[str, int]] | None = None) -> None:
+        self._lock = threading.Lock()
+        self._peaks: dict[str, dict[str, int]] = {phase: dict(found) for phase, found in (peaks or {}).items()}
+
+    def predict(self, phases: Mapping[str, int]) -> None:
+        """Keep what a training that begins is predicted to take; what an earlier one took is forgotten."""
+        with self._lock:
+            self._peaks = {phase: {"predicted": size} for phase, size in phases.items()}
+
+    def measure(self, phase: str, size: int) -> None:
+        """Keep what a phase took, if it is the most so far."""
+        with self._lock:
+            found = self._peaks.setdefault(phase, {})
+            found["measured"] = max(size, found.get("measured", 0))
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """Phase -> what is known of it."""
+        with self._lock:
+            return {phase: dict(found) for phase, found in self._peaks.items()}
+
+
 class Report:
     """The state that ``patch()``, ``unpatch()`` and ``status()`` return.
 
@@ -90,6 +118,7 @@ class Report:
         rows: The rows, in the order in which patches apply.
         versions: Version of each package of interest, ``None`` where it is not installed.
         notes: The session's notes.
+        peaks: The session's memory by phase.
     """
 
     def __init__(
@@ -97,15 +126,22 @@ class Report:
         rows: Iterable[Row] = (),
         versions: Mapping[str, str | None] | None = None,
         notes: NoteLog | None = None,
+        peaks: PeakLog | None = None,
     ) -> None:
         self.rows: tuple[Row, ...] = tuple(rows)
         self.versions: dict[str, str | None] = dict(versions or {})
         self._notes = notes if notes is not None else NoteLog()
+        self._peaks = peaks if peaks is not None else PeakLog()
 
     @property
     def notes(self) -> tuple[Note, ...]:
         """The notes taken so far, each once."""
         return tuple(self._notes)
+
+    @property
+    def peaks(self) -> dict[str, dict[str, int]]:
+        """Memory by phase, `predicted` and `measured`, in bytes; filled by a trainer under ``memory=True``."""
+        return self._peaks.to_dict()
 
     def note(self, feature: str, text: str) -> None:
         """Add a note; it is shown in the table and logged once as a warning.
@@ -147,7 +183,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts, lists and strings."""
         rows = [{**asdict(row), "status": row.status.value} for row in self.rows]
-        return {"versions": dict(self.versions), "rows": rows, "notes": [asdict(note) for note in self.notes]}
+        notes = [asdict(note) for note in self.notes]
+        return {"versions": dict(self.versions), "rows": rows, "notes": notes, "peaks": self.peaks}
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return :meth:`to_dict` as JSON text."""
@@ -165,7 +202,8 @@ class Report:
             ValueError: A row has a status that is not known.
         """
         rows = [Row(**{**row, "status": Status(row["status"])}) for row in data["rows"]]
-        return cls(rows, data["versions"], NoteLog(Note(**note) for note in data["notes"]))
+        notes = NoteLog(Note(**note) for note in data["notes"])
+        return cls(rows, data["versions"], notes, PeakLog(data.get("peaks")))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -202,6 +240,7 @@ class Report:
             ]
         else:
             lines.append("nothing is patched: call trl_turbo.patch()")
+        lines += [f"memory  {_phase(phase, found)}" for phase, found in self.peaks.items()]
         lines += [f"note  {note.feature}: {note.text}" for note in self.notes]
         return "\n".join(line for line in lines if line)
 
@@ -210,6 +249,11 @@ def _explain(row: Row) -> str:
     if row.status is Status.APPLIED:
         return row.summary
     return row.reason or row.summary
+
+
+def _phase(name: str, found: Mapping[str, int]) -> str:
+    words = [f"{kind} {found[kind] / (1 << 30):.2f} GiB" for kind in ("predicted", "measured") if kind in found]
+    return f"{name}: {', '.join(words)}"
 
 
 _current: Report | None = None
@@ -237,3 +281,22 @@ def note(feature: str, text: str) -> None:
     report = _current
     if report is not None:
         report.note(feature, text)
+
+
+def current_peaks() -> PeakLog | None:
+    """Where the running session keeps memory by phase; ``None`` while nothing is patched."""
+    return _current._peaks if _current is not None else None
+
+
+_applied: Callable[[], frozenset[str]] | None = None
+
+
+def set_applied(function: Callable[[], frozenset[str]] | None) -> None:
+    """Say who knows which features are applied. Called by the session."""
+    global _applied
+    _applied = function
+
+
+def applied_features() -> frozenset[str]:
+    """The features of which at least one patch is applied now."""
+    return frozenset() if _applied is None else _applied()

@@ -164,7 +164,10 @@ CASES: dict[tuple[str, str], tuple[Callable[[Path, Path], Any], Any, tuple[str, 
     ("context", "dpo"): (
         lambda tiny, out: dpo(tiny, out, 1, data=long_pairs(), max_length=None),
         None,
-        ("the longest prompt has 1100 tokens, and the model's max_position_embeddings is 1024", "set max_length so that"),
+        (
+            "the longest prompt has 1100 tokens, and the model's max_position_embeddings is 1024",
+            "set max_length so that",
+        ),
     ),
 }
 

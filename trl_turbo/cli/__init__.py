@@ -130,6 +130,73 @@ def report(
     typer.echo(found.to_json() if as_json else str(found))
 
 
+@app.command(
+    epilog="**Examples**: `trl-turbo plan Qwen/Qwen2.5-1.5B-Instruct --trainer grpo --group 8 --completion 4096 --gpu 24` · "
+    "`trl-turbo plan ./my-model --trainer dpo --load-in-4bit --json`"
+)
+def plan(
+    model: Annotated[str, typer.Argument(help="Name on the Hub, or a folder; its configuration alone is read.")],
+    trainer: Annotated[str, typer.Option(help="grpo, rloo, dpo, online_dpo or ppo.")] = "grpo",
+    group: Annotated[int, typer.Option(min=1, help="Sequences that are sampled together.")] = 8,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 512,
+    completion: Annotated[int, typer.Option(min=1, help="Tokens of the longest completion.")] = 4096,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="per_device_train_batch_size; the group if left out.")
+    ] = None,
+    gpu: Annotated[float | None, typer.Option(min=0, help="Memory of the GPU in GiB.")] = None,
+    lora_rank: Annotated[int, typer.Option(min=0, help="Rank of the LoRA adapter; 0 trains all weights.")] = 16,
+    load_in_4bit: Annotated[bool, typer.Option(help="Plan with a base in 4 bits.")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Plan with gradient checkpointing.")] = True,
+    vllm: Annotated[bool, typer.Option(help="Plan with a vLLM in the trainer's process.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+) -> None:
+    """Predict where each gigabyte of a training goes, and whether a GPU holds it, without loading the model.
+
+    The exit code is 1 where the GPU does not hold it.
+    """
+    from transformers import AutoConfig
+
+    from trl_turbo.memory_plan import predict
+
+    try:
+        found = predict(
+            AutoConfig.from_pretrained(model),
+            trainer=trainer,
+            group=group,
+            prompt=prompt,
+            completion=completion,
+            micro_batch=micro_batch,
+            lora_rank=lora_rank,
+            load_in_4bit=load_in_4bit,
+            gradient_checkpointing=gradient_checkpointing,
+            vllm=vllm,
+            gpu_bytes=None if gpu is None else int(gpu * 2**30),
+        )
+    except (OSError, ValueError) as error:
+        # A name that is no model's: transformers says so in several lines, of which the first is enough
+        typer.echo(f"trl-turbo plan: {str(error).splitlines()[0]}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+    if found.fits is False:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="**Examples**: `trl-turbo samples outputs` · `watch trl-turbo samples outputs -n 3`")
+def samples(
+    output_dir: Annotated[Path, typer.Argument(help="The trainer's output_dir.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 8,
+) -> None:
+    """Print the completions that a training, running or ended, sampled last."""
+    from trl_turbo.dashboard.samples import read
+
+    try:
+        found = read(output_dir, n)
+    except FileNotFoundError as error:
+        typer.echo(f"trl-turbo samples: {error}", err=True)
+        raise typer.Exit(2) from error
+    _console().print(found)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

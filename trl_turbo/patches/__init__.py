@@ -8,7 +8,11 @@ from __future__ import annotations
 #: Plugin modules that come with the package, in the order in which their patches apply.
 BUILTIN: tuple[str, ...] = (
     "trl_turbo.patches.logprob",
+    # Before rollouts, which give their cache up when they end: it must be measured inside of that
+    "trl_turbo.patches.memory",
     "trl_turbo.patches.rollout",
+    # Before what replaces MLPs, so that its tiles are cut around whatever those run
+    "trl_turbo.patches.checkpointing",
     # Before the blocks: what is applied last sees a model first, and an MLP with adapters is one function over theirs
     "trl_turbo.patches.lora",
     "trl_turbo.patches.blocks",
@@ -25,4 +29,7 @@ FEATURES: dict[str, str] = {
     "mlp": "gated MLPs that keep gate and up alone between their linears",
     "dashboard": "a live table and charts while a TRL trainer trains, a JSON-lines log and an HTML report",
     "guards": "warnings of what costs people hours, each with its remedy",
+    "checkpointing": "gradient checkpointing that keeps layers' inputs in pinned host memory",
+    "mlp_tiling": "gated MLPs that run a tile of the sequence at a time",
+    "memory": "peaks of each phase beside the plan, and a plan and a checkpoint where memory runs out",
 }

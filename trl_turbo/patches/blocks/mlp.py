@@ -30,7 +30,7 @@ _SHAPE = (2, 64, 96)
 
 def adopt(model: nn.Module) -> None:
     """Let the classes of `model`'s gated MLPs run our op where they compute what it does."""
-    adopt_classes(_mlps(model), GatedVerdicts, make_forward, _sample)
+    adopt_classes(gated_mlps(model), GatedVerdicts, make_forward, _sample)
 
 
 class GatedVerdicts(Verdicts[str]):
@@ -117,7 +117,9 @@ def make_forward(original: Forward) -> Forward:
     return forward
 
 
-def _mlps(model: nn.Module) -> Iterator[nn.Module]:
+def gated_mlps(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of `model` that have the linears and the activation of a gated MLP."""
+    """The modules of `model` that have the linears and the activation of a gated MLP."""
     for module in model.modules():
         names = module._modules
         if (all(n in names for n in _LLAMA) or all(n in names for n in _PHI3)) and _activation(module) is not None:

@@ -1,0 +1,134 @@
+"""The plan: bytes by part at each moment of a step, and the longest sequence that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+GIB = 1 << 30
+#: Moments of a step, in order: sampling, making log-probs, and backward through the layers.
+ROLLOUT, SCORING, BACKWARD = "rollout", "scoring", "backward"
+#: The phases that are measured, and the moments in them.
+PHASES = {"rollout": (ROLLOUT,), "training": (SCORING, BACKWARD)}
+#: The one setting that makes each part smaller.
+REMEDIES = {
+    "weights": "load the model with load_in_4bit=True",
+    "other models": "train a LoRA adapter (peft_config), which needs no copy of the model as its reference",
+    "adapters": "lower the adapter's rank",
+    "gradients": "train a LoRA adapter (peft_config)",
+    "optimizer": "set optim='adamw_8bit'",
+    "KV cache": "lower vllm_max_model_length or max_completion_length",
+    "CUDA graphs": "pass enforce_eager=True to vLLM",
+    "sampling": "lower per_device_train_batch_size",
+    "layer inputs": "set patch(checkpointing=True), which keeps them in host memory",
+    "activations": "set gradient_checkpointing=True",
+    "one layer": "set patch(lora=True, norms=True, mlp_tiling=True), or lower per_device_train_batch_size",
+    "loss tiles": "lower per_device_train_batch_size and raise gradient_accumulation_steps",
+    "logits": "set patch(logprob=True), which never makes them",
+    "attention mask": "lower per_device_train_batch_size to 1, which needs no mask",
+}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where each byte of a device goes.
+
+    Attributes:
+        moments: Moment -> part -> bytes; a moment that a trainer does not have is not there.
+        settings: What the plan was made for.
+        gpu_bytes: Size of the device, `None` where it is not known.
+        notes: What it does not cover, in sentences.
+    """
+
+    moments: Mapping[str, Mapping[str, int]]
+    settings: Mapping[str, Any]
+    gpu_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+    _again: Callable[[int], MemoryPlan] | None = field(default=None, repr=False, compare=False)
+
+    def total(self, moment: str) -> int:
+        """Bytes at one moment."""
+        return sum(self.moments[moment].values())
+
+    def phase_bytes(self, phase: str) -> int | None:
+        """The peak of `"rollout"` or `"training"`; `None` where the trainer has no such phase."""
+        totals = [self.total(moment) for moment in PHASES[phase] if moment in self.moments]
+        return max(totals, default=None)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest of all moments."""
+        return max(map(self.total, self.moments))
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device holds it; `None` where its size is not known."""
+        return None if self.gpu_bytes is None else self.peak_bytes <= self.gpu_bytes
+
+    def largest_part(self, phase: str | None = None) -> tuple[str, str]:
+        """The moment that takes most, and its largest part that a setting can make smaller.
+
+        Args:
+            phase: Look at its moments alone.
+        """
+        moments = [m for m in (PHASES[phase] if phase else self.moments) if m in self.moments]
+        moment = max(moments, key=self.total)
+        parts = {part: size for part, size in self.moments[moment].items() if part in REMEDIES}
+        # Weights are there for a reason: something that grows with the sequences is what overflowed
+        growing = {part: size for part, size in parts.items() if part not in ("weights", "adapters")}
+        found = growing or parts
+        return moment, max(found, key=found.__getitem__)
+
+    def longest_sequence(self, gpu_bytes: int | None = None) -> int:
+        """The most completion tokens that fit, all else alike; 0 where not even one does.
+
+        Args:
+            gpu_bytes: Memory to fit into; that of the plan by default.
+
+        Raises:
+            ValueError: No size of the device is known.
+        """
+        limit = gpu_bytes if gpu_bytes is not None else self.gpu_bytes
+        if limit is None or self._again is None:
+            raise ValueError("the device's size is not known; pass gpu_bytes")
+        fits = 0
+        step = 1
+        while step <= 1 << 24 and self._again(step).peak_bytes <= limit:
+            fits, step = step, 2 * step
+        low, high = fits, min(step, 1 << 24)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._again(middle).peak_bytes <= limit:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain dicts, lists, numbers and strings."""
+        return {
+            "settings": dict(self.settings),
+            "moments": {moment: dict(parts) for moment, parts in self.moments.items()},
+            "totals": {moment: self.total(moment) for moment in self.moments},
+            "peak_bytes": self.peak_bytes,
+            "gpu_bytes": self.gpu_bytes,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(part for parts in self.moments.values() for part in parts))
+        width = max(map(len, (*names, "part")))
+        lines = ["  ".join([f"{'GiB':<{width}}", *(f"{moment:>9}" for moment in self.moments)])]
+        for name in names:
+            cells = [parts.get(name, 0) for parts in self.moments.values()]
+            shown = [f"{size / GIB:>9.2f}" if size else f"{'-':>9}" for size in cells]
+            lines.append("  ".join([f"{name:<{width}}", *shown]))
+        totals = [f"{self.total(moment) / GIB:>9.2f}" for moment in self.moments]
+        lines.append("  ".join([f"{'total':<{width}}", *totals]))
+        if self.gpu_bytes is not None:
+            words = "fits" if self.fits else "does not fit"
+            longest = f"; the longest completion that does: {self.longest_sequence():,} tokens" if self._again else ""
+            lines.append(f"the device has {self.gpu_bytes / GIB:.1f} GiB: it {words}{longest}")
+        lines += [f"note  {note}" for note in self.notes]
+        return "\n".join(lines)

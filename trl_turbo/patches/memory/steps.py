@@ -1,0 +1,118 @@
+"""The borders of phases: what the driver has in use there, and what becomes of a lack of memory in between.
+
+torch's allocator keeps what it took, so that what is in use at the end of a phase is the most that the phase had; that
+is one question to the driver at each border, and resets no counter of the script's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from trl_turbo.compat.signatures import misfit
+from trl_turbo.memory_plan.trainer import phases_of, planned
+from trl_turbo.patches.memory import shortage
+from trl_turbo.patches.memory.resumable import Point
+from trl_turbo.patching import Replacement
+from trl_turbo.report import current_peaks, note
+
+#: Where a trainer keeps the point to which it can be taken back, and the phase that it is in.
+POINT, PHASE = "_trl_turbo_point", "_trl_turbo_phase"
+
+
+def probe(module: ModuleType, trainer_name: str, sampling: tuple[str, ...]) -> str | None:
+    """Why the module does not fit, or `None`."""
+    trainer = getattr(module, trainer_name, None)
+    if trainer is None:
+        return f"{module.__name__} has no {trainer_name}"
+    missing = [name for name in ("train", "training_step", *sampling) if not hasattr(trainer, name)]
+    if missing:
+        return f"{trainer_name} has no {missing[0]}"
+    if "_save_checkpoint" not in dir(trainer):
+        return f"{trainer_name} has no _save_checkpoint"
+    return misfit(trainer, dict.fromkeys(sampling, ("self",)))
+
+
+def build(module: ModuleType, trainer_name: str, sampling: tuple[str, ...]) -> Iterator[Replacement]:
+    """The training loop, its step, and what samples within it."""
+    trainer = getattr(module, trainer_name)
+    yield Replacement(trainer, "train", _train)
+    if trainer_name != "PPOTrainer":  # whose loop has no step of its own
+        yield Replacement(trainer, "training_step", _training_step)
+    for name in sampling:
+        if inspect.isfunction(inspect.getattr_static(trainer, name)):
+            yield Replacement(trainer, name, _sampled)
+
+
+def _train(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found, reason = planned(self)
+        peaks = current_peaks()
+        if found is None:
+            note("memory", reason)
+        elif peaks is not None:
+            peaks.predict(phases_of(found))
+        for name in (POINT, PHASE):
+            vars(self).pop(name, None)
+        try:
+            return original(self, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if shortage.is_told(error) or getattr(self.args, "auto_find_batch_size", False):
+                raise
+            # Outside of a step, the optimizer's included: what is in memory may be half of an update
+            raise shortage.told(self, error, _phase(self), None) from error
+        finally:
+            for name in (POINT, PHASE):
+                vars(self).pop(name, None)
+
+    return train
+
+
+def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        point = vars(self).get(POINT)
+        if point is None or point.step != self.state.global_step:
+            point = Point(self)
+            vars(self)[POINT] = point
+        try:
+            result = original(self, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if shortage.is_told(error) or getattr(self.args, "auto_find_batch_size", False):
+                raise
+            raise shortage.told(self, error, _phase(self), point) from error
+        _measure(self, "training")
+        return result
+
+    return training_step
+
+
+def _sampled(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sampled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vars(self)[PHASE] = "rollout"
+        result = original(self, *args, **kwargs)
+        # Where it raised, it is the phase that it raised in
+        vars(self)[PHASE] = "training"
+        _measure(self, "rollout")
+        return result
+
+    return sampled
+
+
+def _phase(trainer: Any) -> str:
+    return vars(trainer).get(PHASE, "training")
+
+
+def _measure(trainer: Any, phase: str) -> None:
+    peaks = current_peaks()
+    device = trainer.accelerator.device
+    if peaks is not None and device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        peaks.measure(phase, total - free)
