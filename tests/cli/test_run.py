@@ -96,7 +96,7 @@ def test_strict_fails_where_a_patch_is_skipped(folder: Path) -> None:
     (plugin / "plug-1.dist-info" / "entry_points.txt").write_text("[trl_turbo]\nplug = plug\n")
     (plugin / "plug.py").write_text(
         "import trl_turbo\nfrom trl_turbo.patching import Patch\n\n\n@trl_turbo.hookimpl\ndef turbo_patches(env):\n"
-        "    return [Patch('plug.one', 'plug', 'json', 'nothing', build=lambda m: [], probe=lambda m: 'json is fine')]\n"
+        "    return [Patch('plug.one', 'plug', 'json', '', build=lambda m: [], probe=lambda m: 'json is fine')]\n"
     )
     env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{plugin}"}
     assert run("in/who.py", cwd=folder, env=env).returncode == 0
@@ -172,7 +172,8 @@ trainer = grpo(Path(sys.argv[1]), Path(sys.argv[2]), 2, peft_config=lora, learni
 trainer.train()
 rank = trainer.accelerator.process_index
 Path(sys.argv[2], f"said-{{rank}}").write_text(json.dumps(Heard.records))
-Path(sys.argv[2], f"rank-{{rank}}").write_text(f"{{trainer.accelerator.num_processes}} {{trl_turbo.status()['logprob.grpo'].status}}")
+status = trl_turbo.status()["logprob.grpo"].status
+Path(sys.argv[2], f"rank-{{rank}}").write_text(f"{{trainer.accelerator.num_processes}} {{status}}")
 """
 
 

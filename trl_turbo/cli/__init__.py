@@ -131,8 +131,8 @@ def report(
 
 
 @app.command(
-    epilog="**Examples**: `trl-turbo plan Qwen/Qwen2.5-1.5B-Instruct --trainer grpo --group 8 --completion 4096 --gpu 24` · "
-    "`trl-turbo plan ./my-model --trainer dpo --load-in-4bit --json`"
+    epilog="**Examples**: `trl-turbo plan Qwen/Qwen2.5-1.5B-Instruct --trainer grpo --group 8 --completion 4096 "
+    "--gpu 24` · `trl-turbo plan ./my-model --trainer dpo --load-in-4bit --json`"
 )
 def plan(
     model: Annotated[str, typer.Argument(help="Name on the Hub, or a folder; its configuration alone is read.")],
