@@ -77,6 +77,14 @@ def make_model(
     return AutoModelForCausalLM.from_config(Qwen2Config(**settings), dtype=torch.float32)
 
 
+def tiny_folder() -> str:
+    """Make the smallest model with its tokenizer in a new folder, and return its name, which scripts take for a model."""
+    import tempfile
+
+    tokenizer = make_tokenizer()
+    return str(save(Path(tempfile.mkdtemp(prefix="tiny-qwen2-")), make_model(tokenizer, hidden_size=64), tokenizer))
+
+
 def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Write both into `folder`, which a script can then name as its model."""
     model.save_pretrained(folder)
