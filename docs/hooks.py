@@ -13,11 +13,10 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 def on_files(files: Any, config: Any) -> Any:
     """Add the pictures to the site."""
     for path in sorted(RESULTS.glob("*.png")):
-        files.append(File(path.name, str(RESULTS), f"{config['site_dir']}/results", False))
-        files.get_file_from_path(path.name).dest_uri = f"results/{path.name}"
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
 
 
-def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:  # noqa: ARG001
     """Point at them where the site has them."""
-    return markdown.replace("](../benchmarks/results/", "](")
+    return markdown.replace("](../benchmarks/results/", "](results/")
