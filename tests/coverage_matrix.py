@@ -1,7 +1,7 @@
 """Write docs/coverage.md from the tests' own matrix: `python -m tests.coverage_matrix > docs/coverage.md`.
 
-The tests of whole trainings say what they compare as a `Case`. Here they are started with a recorder in the place of what
-trains, so that each hands over its case and ends.
+The tests of whole trainings say what they compare as a `Case`. Here they are started with a recorder in the place of
+what trains, so that each hands over its case and ends.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CHECKS = ("check", "check_kept", "check_against_plain_torch")
 WITHOUT_PPO = (1, 13)
 OPENING = """# What is covered by tests
 
-Every line stands for whole trainings that are run twice, by stock TRL and patched, from one seed, and compared: losses, gradients,
-metrics and weights. This page is written by `python -m tests.coverage_matrix` from the cases of those tests, and a test fails
-where it is out of date.
+Every line stands for whole trainings that are run twice, by stock TRL and patched, from one seed, and compared: losses,
+gradients, metrics and weights. This page is written by `python -m tests.coverage_matrix` from the cases of those tests,
+and a test fails where it is out of date.
 """
-CLOSING = """Models in 4 and 8 bits, and rollouts of GRPO, RLOO, OnlineDPO and PPO from a shared engine, are tested with bitsandbytes and a
-real vLLM in `tests/engine`, `tests/kernels/lora` and `tests/trainers/test_lora_layers.py`.
+CLOSING = """Models in 4 and 8 bits, and rollouts of GRPO, RLOO, OnlineDPO and PPO from a shared engine, are tested with bitsandbytes
+and a real vLLM in `tests/engine`, `tests/kernels/lora` and `tests/trainers/test_lora_layers.py`.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,23 @@ def test_options_are_features_and_settings(folder: Path) -> None:
     assert rows["lora.linear"] == "pending"
     assert rows["guards.trainer"] == "off"
     assert rows["dashboard.trainer"] == "pending"
+
+
+@pytest.mark.slow
+@pytest.mark.trl
+def test_plan_says_where_the_memory_of_each_trainer_goes(tmp_path: Path) -> None:
+    from trl_turbo.demo.tiny import make_model, make_tokenizer, save
+
+    tokenizer = make_tokenizer()
+    tiny = save(tmp_path / "tiny", make_model(tokenizer, hidden_size=64), tokenizer)
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
+    code += "from tests.people.trainings import grpo\n"
+    code += "grpo(Path(sys.argv[1]), Path('out'), 1, disable_tqdm=True).train()\n"
+    (tmp_path / "script.py").write_text(code)
+    done = run("--plan", "script.py", str(tiny), cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\nweights ") == 1, done.stderr
+    assert re.search(r"^total +[\d.]+", done.stderr, re.MULTILINE)
 
 
 def test_plan_is_printed_before_the_script(folder: Path) -> None:

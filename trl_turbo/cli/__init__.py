@@ -91,7 +91,12 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the same 
 )
 def run(
     context: typer.Context,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what is patched before the script starts.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Print what is patched, and for each trainer where its memory goes, before it trains."
+        ),
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a patch is skipped or fails.")] = False,
 ) -> None:
     """Patch TRL, then run a script as `python` would: `trl-turbo run [OPTIONS] SCRIPT [ARGUMENTS]`.
@@ -100,7 +105,9 @@ def run(
     follows the script is the script's own.
     """
     import trl_turbo
-    from trl_turbo.cli.script import UsageError, flush, run_script, split
+    from trl_turbo._logs import rank
+    from trl_turbo.cli.script import UsageError, flush, planned, run_script, split
+    from trl_turbo.patches.people.attach import before_training
 
     try:
         keywords, (script, *arguments) = split(context.args)
@@ -108,8 +115,9 @@ def run(
     except (UsageError, TypeError, ValueError, trl_turbo.PatchError) as error:
         typer.echo(f"trl-turbo run: {error}", err=True)
         raise typer.Exit(2) from error
-    if plan:
+    if plan and rank() == 0:
         typer.echo(str(found), err=True)
+        before_training.append(lambda trainer: typer.echo(planned(trainer), err=True))
     code = run_script(script, arguments)
     flush()
     sys.exit(code)

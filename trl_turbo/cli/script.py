@@ -84,6 +84,16 @@ def _from_script(traceback: types.TracebackType | None) -> types.TracebackType |
     return traceback
 
 
+def planned(trainer: Any) -> str:
+    """Where the memory of a trainer goes, or why that cannot be said."""
+    import trl_turbo
+
+    try:
+        return str(trl_turbo.plan(trainer))
+    except Exception as error:
+        return f"trl-turbo run: no plan of memory: {error}"
+
+
 def flush() -> None:
     """Flush what the script printed; a reader that is gone is no error of ours."""
     for stream in (sys.stdout, sys.stderr):

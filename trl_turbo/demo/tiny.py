@@ -78,7 +78,7 @@ def make_model(
 
 
 def tiny_folder() -> str:
-    """Make the smallest model with its tokenizer in a new folder, and return its name, which scripts take for a model."""
+    """Make a small model with its tokenizer in a new folder, and return its name, which scripts take for a model."""
     import tempfile
 
     tokenizer = make_tokenizer()

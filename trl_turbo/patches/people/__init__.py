@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 TRL = "trl>=0.29.1"
 TRAINER = "transformers.trainer"
+# Not `train`, which subclasses override, and the feature `memory` replaces
+LOOP = ("Trainer", "_inner_training_loop")
 PPO = "trl.experimental.ppo.ppo_trainer"
 WITHOUT_PPO = "trl>=1.13"
 
@@ -28,9 +30,9 @@ def turbo_patches(env: Env) -> list[Patch]:
     warned = "warns of what makes a training of {} useless"
     every = "every TRL trainer"
     patches = [
-        _patch("dashboard", TRL, "trainer", TRAINER, "attach", shown.format(every), "Trainer", "dashboard"),
+        _patch("dashboard", TRL, "trainer", TRAINER, "attach", shown.format(every), *LOOP, "dashboard"),
         _patch("dashboard", TRL, "phases", "trl.extras.profiling", "phases", "peak memory is told by phase of a step"),
-        _patch("guards", TRL, "trainer", TRAINER, "attach", warned.format(every), "Trainer", "guards"),
+        _patch("guards", TRL, "trainer", TRAINER, "attach", warned.format(every), *LOOP, "guards"),
         _patch(
             "guards",
             TRL,
@@ -45,7 +47,8 @@ def turbo_patches(env: Env) -> list[Patch]:
         patches.append(
             _patch("guards", TRL, f"{name}_group_size", f"trl.trainer.{name}_config", "group_size", summary, name)
         )
-    if unmet((WITHOUT_PPO,), env.versions) is not None:  # it has a `train` of its own
+    if unmet((WITHOUT_PPO,), env.versions) is not None:  # it has a loop of its own
         for feature, summary in (("dashboard", shown), ("guards", warned)):
-            patches.append(_patch(feature, TRL, "ppo", PPO, "attach", summary.format("PPO"), "PPOTrainer", feature))
+            loop = ("PPOTrainer", "train", feature)
+            patches.append(_patch(feature, TRL, "ppo", PPO, "attach", summary.format("PPO"), *loop))
     return patches

@@ -1,6 +1,6 @@
 """Give a trainer a callback for as long as it trains.
 
-Around `train` and not in `__init__`: trainers that were made before `patch()` are served too, after `unpatch()` no
+Around its loop and not in `__init__`: trainers that were made before `patch()` are served too, after `unpatch()` no
 callback of ours is left anywhere, and no frame of ours stands between a script and the warnings of TRL's constructors.
 """
 
@@ -15,29 +15,32 @@ from typing import Any
 from trl_turbo.patching import Replacement
 from trl_turbo.report import note
 
+#: What else is told of a trainer before its first step, such as the plan that `trl-turbo run --plan` prints.
+before_training: list[Callable[[Any], None]] = []
+
 CALLBACKS = {
     "dashboard": ("trl_turbo.dashboard.callback", "Dashboard"),
     "guards": ("trl_turbo.patches.people.guards", "Guards"),
 }
 
 
-def probe(module: ModuleType, owner: str, feature: str) -> str | None:  # noqa: ARG001
+def probe(module: ModuleType, owner: str, loop: str, feature: str) -> str | None:  # noqa: ARG001
     """Why the module does not fit, or `None`."""
-    if getattr(getattr(module, owner, None), "train", None) is None:
-        return f"{module.__name__} has no {owner}.train"
+    if getattr(getattr(module, owner, None), loop, None) is None:
+        return f"{module.__name__} has no {owner}.{loop}"
     return None
 
 
-def build(module: ModuleType, owner: str, feature: str) -> Iterator[Replacement]:
+def build(module: ModuleType, owner: str, loop: str, feature: str) -> Iterator[Replacement]:
     """The replacements."""
-    yield Replacement(getattr(module, owner), "train", functools.partial(_attached, feature))
+    yield Replacement(getattr(module, owner), loop, functools.partial(_attached, feature))
 
 
 def _attached(feature: str, original: Callable[..., Any]) -> Callable[..., Any]:
     part, name = CALLBACKS[feature]
 
     @functools.wraps(original)
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def loop(self: Any, *args: Any, **kwargs: Any) -> Any:
         kind = getattr(importlib.import_module(part), name)
         if not _concerns(self) or any(type(callback) is kind for callback in self.callback_handler.callbacks):
             return original(self, *args, **kwargs)
@@ -46,6 +49,9 @@ def _attached(feature: str, original: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             note(feature, f"there is none for this {type(self).__name__}: {type(error).__name__}: {error}")
             return original(self, *args, **kwargs)
+        if not any(type(other).__module__.startswith("trl_turbo.") for other in self.callback_handler.callbacks):
+            for tell in before_training:
+                tell(self)
         # First, so that what it shows is cleared away before the trainer's own progress bar ends
         self.callback_handler.callbacks.insert(0, callback)
         try:
@@ -54,7 +60,7 @@ def _attached(feature: str, original: Callable[..., Any]) -> Callable[..., Any]:
             callback.finish()
             self.callback_handler.callbacks.remove(callback)
 
-    return train
+    return loop
 
 
 def _concerns(trainer: Any) -> bool:
