@@ -27,8 +27,8 @@ Every line stands for whole trainings that are run twice, by stock TRL and patch
 gradients, metrics and weights. This page is written by `python -m tests.coverage_matrix` from the cases of those tests,
 and a test fails where it is out of date.
 """
-CLOSING = """Models in 4 and 8 bits, and rollouts of GRPO, RLOO, OnlineDPO and PPO from a shared engine, are tested with bitsandbytes
-and a real vLLM in `tests/engine`, `tests/kernels/lora` and `tests/trainers/test_lora_layers.py`.
+CLOSING = """Models in 4 and 8 bits, and rollouts of GRPO, RLOO, OnlineDPO and PPO from a shared engine, are tested with
+bitsandbytes and a real vLLM in `tests/engine`, `tests/kernels/lora` and `tests/trainers/test_lora_layers.py`.
 """
 
 

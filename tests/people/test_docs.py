@@ -100,12 +100,11 @@ def test_every_code_block_runs(page: Path, reader: Path) -> None:
     document = parse(page)
     document.namespace.update(has_vllm=importlib.util.find_spec("vllm") is not None)
     for example in document.examples():
-        reason = ""
         try:
             example.evaluate()
         except SkipTest as skipped:
             reason = str(skipped)
-            assert len(reason) > 10, f"{page.name}:{example.line} is skipped without a reason"  # noqa: PT017
+            assert len(reason) > 10, f"{page.name}:{example.line} is skipped without a reason"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
