@@ -19,10 +19,14 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+OURS = "trl_turbo"
 #: A number's name ends in its unit, and the unit says what is better.
-TIMES, RATES, SIZES = ("_ms", "_s"), ("tokens_s", "gbps"), ("_gb", "_mib", "_bytes")
-#: Rates that end like times, and what is no measure of ours.
-IGNORED = ("low_ms", "high_ms", "loaded_gb", "in_use_at_first_gb", "copy_gbps", "cap_gb", "predicted_gb")
+TIMES, RATES, SIZES = ("_ms", "_s"), ("tokens_s", "gbps", "longest"), ("_gb", "_mib", "_bytes")
+#: Spread, and what is no measure.
+IGNORED = ("low_ms", "high_ms", "loaded_gb", "in_use_at_first_gb", "copy_gbps", "cap_gb", "predicted_gb", "bar_ms")
+SKIPPED = ("plan", "phases", "environment", "moments", "from_trainer_gb", "engine", "memory")
+#: What tells one row from another, beside all words.
+CASE = ("n", "h", "hidden", "rank", "completion")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Change:
         new: In the new one.
         worse: By which share it is worse; negative where it is better.
         allowed: By which it may be.
+        ours: Whether it is not a peer's.
     """
 
     name: str
@@ -42,39 +47,58 @@ class Change:
     new: float
     worse: float
     allowed: float
+    ours: bool
 
 
-def changes(old: Any, new: Any, slower: float, larger: float, path: tuple[str, ...] = ()) -> Iterator[Change]:
-    """All numbers with a unit that both have.
+@dataclass(frozen=True)
+class Rule:
+    """By which share a number may get worse.
 
-    Raises:
-        ValueError: Two rows in the same place are of different cases.
+    Attributes:
+        slower: Times and rates.
+        larger: Sizes.
     """
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old:
-            if key in new and key not in ("plan", "phases", "environment", "moments"):
-                yield from changes(old[key], new[key], slower, larger, (*path, key))
-    elif isinstance(old, list) and isinstance(new, list):
-        rows = [x for x in (*old, *new) if isinstance(x, dict)]
-        if not rows:
+
+    slower: float = 0.1
+    larger: float = 0.03
+
+    def changes(self, old: Any, new: Any, path: tuple[str, ...] = (), ours: bool = True) -> Iterator[Change]:
+        """All numbers with a unit that both have.
+
+        Raises:
+            ValueError: A list of rows has no row of the same case in both.
+        """
+        if isinstance(old, dict) and isinstance(new, dict):
+            contest = any(key.startswith(OURS) for key in old)  # then what has another name is a peer's
+            for key in old.keys() & new.keys() - set(SKIPPED):
+                mine = ours and (not contest or key.startswith(OURS))
+                yield from self.changes(old[key], new[key], (*path, key), mine)
+        elif isinstance(old, list) and isinstance(new, list):
+            yield from self._rows(old, new, path, ours)
+        elif _is_number(old) and _is_number(new) and old > 0:
+            worse = self._worse(path, old, new)
+            if worse is not None:
+                yield Change(" / ".join(path), old, new, *worse, ours)
+
+    def _rows(self, old: list[Any], new: list[Any], path: tuple[str, ...], ours: bool) -> Iterator[Change]:
+        before, now = _by_case(old), _by_case(new)
+        if not before:
             return  # single samples
-        for i, (a, b) in enumerate(zip(old, new, strict=False)):
-            if _case(a) != _case(b):
-                raise ValueError(
-                    f"row {i} of {' / '.join(path)} is of {_case(a)} in one file and {_case(b)} in the other"
-                )
-            yield from changes(a, b, slower, larger, (*path, str(i)))
-    elif _is_number(old) and _is_number(new) and old > 0:
+        if not before.keys() & now.keys():
+            raise ValueError(f"{' / '.join(path)} has no row of the same case in both files")
+        for case in before.keys() & now.keys():
+            yield from self.changes(before[case], now[case], (*path, case), ours)
+
+    def _worse(self, path: tuple[str, ...], old: float, new: float) -> tuple[float, float] | None:
+        """By which share it is worse and may be; `None` for what has no unit."""
+        if any(part in IGNORED for part in path):
+            return None
+        if any(part.endswith(SIZES) for part in path):
+            return new / old - 1, self.larger
         name = path[-1]
-        unit = next((each for each in path[::-1] if not each.isdigit()), name)
-        if unit in IGNORED or any(part in IGNORED for part in path):
-            return
-        if unit.endswith(RATES):
-            yield Change(" / ".join(path), old, new, old / new - 1 if new else float("inf"), slower)
-        elif unit.endswith(TIMES):
-            yield Change(" / ".join(path), old, new, new / old - 1, slower)
-        elif any(part.endswith(SIZES) for part in path):
-            yield Change(" / ".join(path), old, new, new / old - 1, larger)
+        if name.endswith(RATES):
+            return (old / new - 1 if new else float("inf")), self.slower
+        return (new / old - 1, self.slower) if name.endswith(TIMES) else None
 
 
 def committed(new: dict[str, Any], folder: Path = RESULTS) -> Path | None:
@@ -101,10 +125,21 @@ def _identity(data: dict[str, Any]) -> tuple[str, ...]:
     return (*kept, str(about.get("card")))
 
 
-def _case(row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        return {}
-    return {key: value for key, value in row.items() if isinstance(value, (str, bool)) or key in ("n", "h", "rank")}
+def _case(row: dict[str, Any]) -> str:
+    """What a row is about, in words."""
+    told = {key: value for key, value in row.items() if key in CASE or isinstance(value, str)}
+    return ", ".join(f"{key} {value}" for key, value in told.items() if key != "out_of_memory") or "row"
+
+
+def _by_case(rows: list[Any]) -> dict[str, Any]:
+    """Rows by what they are about; those that words do not tell apart, by their order."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        if isinstance(row, dict):
+            case = _case(row)
+            again = sum(1 for key in found if key.partition(" #")[0] == case)
+            found[f"{case} #{again + 1}" if again else case] = row
+    return found
 
 
 def _is_number(value: Any) -> bool:
@@ -126,8 +161,8 @@ def main(arguments: list[str]) -> int:
         return 2
     old = json.loads(old_path.read_text())
     failed = _lost(old, new)
-    found = [change for change in changes(old, new, args.slower, args.larger) if "trl_turbo" in change.name]
-    peers = [change for change in changes(old, new, args.slower, args.larger) if "trl_turbo" not in change.name]
+    both = list(Rule(args.slower, args.larger).changes(old, new))
+    found, peers = [c for c in both if c.ours], [c for c in both if not c.ours]
     if not found and not failed:
         print(f"{old_path.name} and {args.new.name} have no number of trl_turbo's in common", file=sys.stderr)
         return 2
@@ -149,7 +184,7 @@ def _lost(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     before, now = old.get("results"), new.get("results")
     if not isinstance(before, dict) or not isinstance(now, dict):
         return []
-    ours = [name for name in before if name.startswith("trl_turbo") and "error" not in before[name]]
+    ours = [name for name in before if name.startswith(OURS) and "error" not in before[name]]
     return [name for name in ours if "error" in now.get(name, {"error": ""})]
 
 

@@ -21,9 +21,25 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, models
+from trl_turbo.patches import FEATURES as KNOWN
 
-#: What is not on by default yet.
-FEATURES = ("rollout", "lora", "norms", "rope", "mlp", "checkpointing", "mlp_tiling", "memory")
+#: What is on for trl_turbo beside what `patch()` turns on by itself; those that this version has.
+FEATURES = tuple(
+    name
+    for name in (
+        "rollout",
+        "lora",
+        "norms",
+        "rope",
+        "mlp",
+        "attention",
+        "packing",
+        "checkpointing",
+        "mlp_tiling",
+        "memory",
+    )
+    if name in KNOWN
+)
 #: Mean difference of a sampled token's log-prob between vLLM and the trainer; the weights are then not the same.
 LARGEST_GAP = 0.05
 #: Contestants that need a package.

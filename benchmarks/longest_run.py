@@ -1,7 +1,7 @@
 """The training part of GRPO at one completion length, in a process of its own, for `benchmarks.longest`.
 
-Completions are given, not sampled, and no engine is there; micro-batches of one sequence run until the second of them is
-done, by when gradients are there as well. Prints one line of JSON after `RESULT`.
+Completions are given, not sampled, and no engine is there; micro-batches of one sequence run until the second of them
+is done, by when gradients are there as well. Prints one line of JSON after `RESULT`.
 """
 
 from __future__ import annotations

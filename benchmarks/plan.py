@@ -3,8 +3,8 @@
     python -m benchmarks.plan --out benchmarks/results/plan
 
 The prediction is made from the configuration alone, before anything is loaded, and again from the trainer. What is
-measured is what the driver has in use at the end of each phase and at its peak; before CUDA starts, nvidia-smi says what
-others use, and that is taken off. The bar is 10 % for both phases. Writes OUT.json and OUT.png.
+measured is what the driver has in use at the end of each phase and at its peak; before CUDA starts, nvidia-smi says
+what others use, and that is taken off. The bar is 10 % for both phases. Writes OUT.json and OUT.png.
 """
 
 from __future__ import annotations

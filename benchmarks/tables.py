@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,135 @@ def blocks() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"linear_logprob": linear_logprob, "lora_fold": lora_fold, "lora": lora, "blocks": blocks}
+def grpo() -> str:
+    """Whole GRPO steps, one table a file; says so where nothing was measured yet."""
+    return _contests("grpo_*.json", STEP_COLUMNS, lambda data: f"{data['shape']} {_words(data['arguments'])}")
+
+
+def trainers() -> str:
+    """Whole steps of other trainers, one table a file; says so where nothing was measured yet."""
+
+    def title(data: dict[str, Any]) -> str:
+        return f"{data['trainer']}, {data['shape']} {_words(data['arguments'])}"
+
+    return _contests("trainer_*.json", STEP_COLUMNS[:2], title)
+
+
+STEP_COLUMNS = (
+    ("peak_gb", "peak at the driver, GB"),
+    ("step_s", "step, s"),
+    ("rollout_s", "rollout, s"),
+    ("train_s", "training, s"),
+    ("tokens_s", "tokens/s"),
+)
+#: TRL without a fused head, against which the least memory is claimed.
+FOUNDING = "trl1.12"
+
+
+def _contests(pattern: str, columns: tuple[tuple[str, str], ...], title: Callable[[dict[str, Any]], str]) -> str:
+    files = sorted(RESULTS.glob(pattern))
+    if not files:
+        return "Not measured yet."
+    lines: list[str] = []
+    for path in files:
+        data = json.loads(path.read_text())
+        about, results = data["environment"], data["results"]
+        versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "trl", "vllm", "transformers", "peft"))
+        lines += [""] * bool(lines)
+        lines += [f"**{title(data)}**; {about['card']}, driver {about['driver']}; {versions}."]
+        lines += ["", f"![{path.stem}](../benchmarks/results/{path.stem}.png)", ""]
+        lines += [f"| | {' | '.join(label for _, label in columns)} |", "|---" * (len(columns) + 1) + "|"]
+        lines += [_contestant(name, found, columns) for name, found in results.items()]
+        lines += _claims(results)
+    return "\n".join(lines)
+
+
+def _contestant(name: str, found: dict[str, Any], columns: tuple[tuple[str, str], ...]) -> str:
+    if "error" in found:
+        return f"| {name} | {found['error']} |" + " |" * (len(columns) - 1)
+    cells = [f"{found[key]:,.4g}" if found.get(key) is not None else "-" for key, _ in columns]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _claims(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Ours over each peer, and the founding claim where what it is about was there."""
+    good = {name: found for name, found in results.items() if "error" not in found}
+    ours = good.pop("trl_turbo", None)
+    if ours is None or not good:
+        return []
+    ratios = [
+        f"{ours['peak_gb'] / peer['peak_gb']:.2f}x the memory and {ours['step_s'] / peer['step_s']:.2f}x the time of "
+        f"{name}"
+        for name, peer in good.items()
+    ]
+    lines = ["", f"trl_turbo takes {'; '.join(ratios)}."]
+    if FOUNDING in good:
+        less = 1 - ours["peak_gb"] / good[FOUNDING]["peak_gb"]
+        lines += ["", f"Against TRL without a fused head ({FOUNDING}): {less:.0%} less memory; the claim is 80 %."]
+    return lines
+
+
+def _words(arguments: list[str]) -> str:
+    return " ".join(word.removeprefix("--") for word in arguments)
+
+
+def plan() -> str:
+    """Predicted and measured memory; says so where nothing was measured yet."""
+    path = RESULTS / "plan.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    about = data["environment"]
+    phases = ("rollout", "training", "peak")
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, TRL {about['trl']}, "
+        f"vLLM {about['vllm']}.",
+        "",
+        "![plan](../benchmarks/results/plan.png)",
+        "",
+        f"| | {' | '.join(phases)} |",
+        "|---" * (len(phases) + 1) + "|",
+    ]
+    for row in data["results"]:
+        cells = [
+            f"{row['predicted_gb'][phase]:.2f} / {row['measured_gb'][phase]:.2f} ({row['off_by'][phase]:+.0%})"
+            for phase in phases
+        ]
+        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def longest() -> str:
+    """The longest completions that were seen to fit; says so where nothing was measured yet."""
+    files = sorted(RESULTS.glob("longest_*.json"))
+    if not files:
+        return "Not measured yet."
+    columns = ("model", "base", "cap, GB", "bar", "longest that fits", "its peak, GB", "a micro-batch, s", "card")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for path in files:
+        data = json.loads(path.read_text())
+        fits = [probe for probe in data["results"] if probe["fits"]]
+        best = max(fits, key=lambda probe: probe["completion"], default=None)
+        cells = [data["shape"], "nf4" if data["four_bit"] else "bf16", f"{data['cap_gb']:g}", f"{data['bar']:,}"]
+        cells += ["-"] * 3 if best is None else _probe(best)
+        lines.append(f"| {' | '.join([*cells, data['environment']['card']])} |")
+    return "\n".join(lines)
+
+
+def _probe(probe: dict[str, Any]) -> list[str]:
+    return [f"{probe['completion']:,}", f"{probe['peak_gb']:.1f}", f"{probe['micro_batch_s'][-1]:.1f}"]
+
+
+SECTIONS = {
+    "grpo": grpo,
+    "trainers": trainers,
+    "plan": plan,
+    "longest": longest,
+    "linear_logprob": linear_logprob,
+    "lora_fold": lora_fold,
+    "lora": lora,
+    "blocks": blocks,
+}
 
 
 def rendered(page: str) -> str:

@@ -1,6 +1,6 @@
-"""One training of any trainer in a process of its own, for `benchmarks.trainers`: prints one line of JSON after `RESULT`.
+"""One training of any trainer in a process of its own, for `benchmarks.trainers`: prints JSON after `RESULT`.
 
-Fixed lengths and one seed, so that every contestant does the same work. The script is TRL's; `--before` runs ahead of it.
+Fixed lengths and one seed, so that every contestant does the same work. The script is TRL's; `--before` runs first.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_accelerate_still_knows_it(patched: Any) -> None:
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.train()
     assert should_reduce_batch_size(caught.value)
-    assert "no step was completed; there is no earlier checkpoint" in str(caught.value)
+    assert "no step was completed; there is no checkpoint of this run" in str(caught.value)
 
 
 def test_a_checkpoint_that_is_there_is_named(patched: Any) -> None:
@@ -118,6 +119,23 @@ def test_a_checkpoint_that_is_there_is_named(patched: Any) -> None:
         "checkpoint-2",
         "checkpoint-3",
     }
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_for_ones_own(patched: Any) -> None:
+    trainer = build(CASES["DPO"])
+    root = Path(trainer.args.output_dir)
+    for step in (1, 3):
+        (root / f"checkpoint-{step}").mkdir(parents=True)
+        state = root / f"checkpoint-{step}" / "trainer_state.json"
+        state.write_text("another's")
+        os.utime(state, (0, 0))
+    runs_out(trainer, at_step=1)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(trainer)
+    (saved,) = (path for path in root.glob("checkpoint-1-*"))
+    assert f"resume_from_checkpoint={str(saved)!r}" in str(caught.value)
+    assert (root / "checkpoint-1" / "trainer_state.json").read_text() == "another's"
+    assert train(build(CASES["DPO"]), resume_from_checkpoint=str(saved)).series["training loss"]
 
 
 def test_no_broken_checkpoint(patched: Any) -> None:

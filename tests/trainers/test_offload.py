@@ -84,13 +84,15 @@ def test_one_input_is_on_the_device_and_one_on_its_way() -> None:
 
     def pack(tensor: torch.Tensor) -> Any:
         kept = offloader.pack(tensor)
+        if isinstance(kept, torch.Tensor):  # what torch saves beside it
+            return kept
         slots.append(kept)
         assert sum(slot.device_copy is not None for slot in slots) == 1
         return kept
 
     most = 0
 
-    def unpack(kept: Slot) -> torch.Tensor:
+    def unpack(kept: Any) -> torch.Tensor:
         nonlocal most
         x = offloader.unpack(kept)
         most = max(most, 1 + sum(slot.device_copy is not None for slot in slots))
@@ -179,6 +181,7 @@ def test_what_is_shared_or_small_stays() -> None:
         assert isinstance(kept, torch.Tensor)
         assert offloader.unpack(kept).data_ptr() == x.data_ptr()
     assert lane.stored == 0
+    assert isinstance(Offloader(lane, 0).pack(torch.empty(0, requires_grad=True)), torch.Tensor)
     assert isinstance(offloader.pack(torch.ones(100, requires_grad=True) * 1), Slot)
 
 
@@ -198,6 +201,8 @@ def test_pages_stop_where_others_need_the_memory() -> None:
     total = 64 << 30
     pages = Pages(lambda n: torch.empty(n, dtype=torch.uint8, device="meta"), lambda: (total // 8 + SLAB_BYTES, total))
     assert len(pages.take(3 * PAGE_BYTES + 1) or []) == 4
+    assert pages.take(0) == []
+    assert len(pages._free) == SLAB_BYTES // PAGE_BYTES - 4
     low = Pages(lambda n: torch.empty(n, dtype=torch.uint8, device="meta"), lambda: (total // 8, total))
     assert low.take(1) is None
 

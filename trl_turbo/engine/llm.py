@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import vllm
 
 from trl_turbo.engine.checks import declined
@@ -204,6 +205,8 @@ class TurboLLM(vllm.LLM):
     def _wake(self) -> None:
         shared = self.shared
         if shared is not None and shared.kv_released:
+            # What training left in torch's cache would stand beside the KV cache, and a step's peak be their sum
+            torch.cuda.empty_cache()
             super().wake_up()
             shared.kv_released = False
 

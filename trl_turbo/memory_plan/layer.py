@@ -42,11 +42,13 @@ def layer_bytes(sizes: Sizes, tokens: int, features: Collection[str], *, repeate
     c = sizes.itemsize
     stream = 2 * c * sizes.hidden  # the gradient that comes in, and the one that goes out
     around = _around(sizes, features) + _attention(sizes, repeated_kv)
+    # The layer's own input, made again from nothing: our first norm keeps it, transformers' keeps a copy in float32
+    given = 0 if "norms" in features else c * sizes.hidden
     inner_kept, inner_work = _inner(sizes, features)
     rows = min(tokens, TILE_ROWS) if _tiled(sizes, tokens, features) else tokens
     inner_kept_rows = tokens if rows == tokens else 0
-    mlp = tokens * (around + stream) + rows * (inner_kept + inner_work)
-    attention = tokens * (around + stream + _attention_work(sizes, features, repeated_kv))
+    mlp = tokens * (given + around + stream) + rows * (inner_kept + inner_work)
+    attention = tokens * (given + around + stream + _attention_work(sizes, features, repeated_kv))
     dense = c * sizes.largest_linear if sizes.packed else 0
     return Layer(
         kept=tokens * around + inner_kept_rows * inner_kept,
@@ -65,7 +67,7 @@ def _around(sizes: Sizes, features: Collection[str]) -> int:
     if "norms" in features:
         total = sum(sizes.norms) * c + FP32 * len(sizes.norms)  # the first one's input is the layer's
     else:
-        total = c * sizes.hidden + FP32 * sum(sizes.norms)
+        total = FP32 * sum(sizes.norms)
         if full:
             total += c * sum(sizes.norms)  # normed, for the gradient of the weight
     for group in sizes.groups:
@@ -121,7 +123,7 @@ def _inner(sizes: Sizes, features: Collection[str]) -> tuple[int, int]:
     kept = (2 if "mlp" in features else 3) * c * inner  # gate and up; act(gate) as well without our op
     if last.rank or not sizes.has_adapters:
         kept += c * inner  # the last linear's input
-    work = 3 * c * inner
+    work = 2 * c * inner  # three gradients as wide, the last linear's input given back
     if last.rank and _copies(sizes, features):
         work = (FP32 + 2 * c) * inner  # the adapter's gradient of its input in float32, rounded, and the base's
     return kept, work

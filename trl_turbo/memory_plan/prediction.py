@@ -14,16 +14,31 @@ from trl_turbo.memory_plan.sizes import Sizes
 from trl_turbo.memory_plan.table import BACKWARD, ROLLOUT, SCORING, MemoryPlan
 
 MIB = 1 << 20
-FEATURES = ("logprob", "rollout", "lora", "norms", "rope", "mlp", "checkpointing", "mlp_tiling")
+FEATURES = (
+    "logprob",
+    "rollout",
+    "lora",
+    "norms",
+    "rope",
+    "mlp",
+    "attention",
+    "packing",
+    "checkpointing",
+    "mlp_tiling",
+)
 TRAINERS = ("grpo", "rloo", "dpo", "online_dpo", "ppo")
-#: Taken where no device is there to ask: the CUDA context with the kernels that are loaded on first use.
-CONTEXT_BYTES = 600 * MIB
-#: cuBLAS's, on the stream of training and on that of vLLM: 32 MiB each on Hopper, and cuBLASLt's beside it.
-WORKSPACE_BYTES = 2 * 33 * MIB
+# The four below are estimates, from two runs on an H200 in which 1.0 GB came with vLLM beside its cache and 0.3 GB of
+# kernels with training; `benchmarks.plan` measures how far off they are.
+#: The CUDA context with the kernels that training loads on first use.
+CONTEXT_BYTES = 820 * MIB
+#: Kernels and buffers that vLLM loads and makes beside weights, cache, graphs and adapter.
+ENGINE_BYTES = 700 * MIB
 #: One captured graph's own memory, and its share of the pool, for 28 to 36 layers.
 GRAPH_BYTES = 12 * MIB
 #: Share of what comes and goes that torch's allocator holds on top, in blocks that nothing fits into.
-FRAGMENTATION = 0.06
+FRAGMENTATION = 0.12
+#: cuBLAS's workspaces, 32 MiB each on Hopper: forward and backward run in a thread each, with a handle of its own.
+WORKSPACE_BYTES = 2 * 33 * MIB
 #: Blocks of an 8-bit optimizer state have a float32 scale each.
 EIGHT_BIT_BYTES = 2 * (1 + 4 / 256)
 
@@ -71,8 +86,19 @@ class Settings:
 
     @property
     def tokens(self) -> int:
-        """Tokens in one forward."""
-        return self.sequences * (self.prompt + self.completion)
+        """Tokens in one forward: answers that are packed have their prompt in common."""
+        prompts = self.micro_batch if self.trainer in ("dpo", "online_dpo") else 1
+        return self.sequences * self.completion + (prompts if self.packed else self.sequences) * self.prompt
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences of a forward are one row."""
+        return "packing" in self.features and self.trainer != "ppo"
+
+    @property
+    def masked(self) -> bool:
+        """Whether sdpa takes a mask."""
+        return self.padded and self.sequences > 1 and not {"packing", "attention"} & set(self.features)
 
 
 def predict(
@@ -244,6 +270,7 @@ def _engine(sizes: Sizes, settings: Settings) -> dict[str, int]:
     served = sizes.adapter_bytes if sizes.packed or "rollout" not in settings.features else 0
     found = {
         "KV cache": plan.kv_bytes,
+        "engine": ENGINE_BYTES,
         "CUDA graphs": len(graphs) * GRAPH_BYTES,
         "engine's weights": copies,
         "engine's adapter": min(served, served * 2 // sizes.adapter_itemsize) if served else 0,
@@ -270,7 +297,7 @@ def _sampling(sizes: Sizes, settings: Settings) -> dict[str, int]:
 
 def _activations(sizes: Sizes, settings: Settings) -> tuple[dict[str, int], int]:
     """What all layers keep between forward and backward, by part, and what the backward of one takes on top."""
-    layer = layer_bytes(sizes, settings.tokens, settings.features, repeated_kv=settings.padded)
+    layer = layer_bytes(sizes, settings.tokens, settings.features, repeated_kv=settings.masked)
     one_input = settings.tokens * sizes.hidden * sizes.itemsize
     if not settings.gradient_checkpointing:
         return {"activations": (sizes.layers - 1) * layer.kept}, layer.peak
@@ -282,7 +309,7 @@ def _activations(sizes: Sizes, settings: Settings) -> tuple[dict[str, int], int]
 
 def _mask(settings: Settings) -> dict[str, int]:
     """A mask of sdpa for every sequence: one byte a pair of tokens, and the 16-bit bias that the kernel makes of it."""
-    if not settings.padded or settings.sequences == 1:
+    if not settings.masked:
         return {}
     return {"attention mask": 3 * settings.sequences * (settings.prompt + settings.completion) ** 2}
 

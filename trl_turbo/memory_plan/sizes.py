@@ -45,6 +45,7 @@ class Sizes:
         norms: What each norm of a layer takes, in elements a token.
         groups: The linears of a layer by the module that they are in: the last one of each takes what that module made,
             the others the module's input.
+        inner: Width of one half of the gated MLP; 0 where the layer has none.
         weight_bytes: The base model, scales of 4-bit weights included.
         head_bytes: The output head's own part of that; 0 where it is the embedding.
         trainable: Numbers that the optimizer updates.
@@ -63,6 +64,7 @@ class Sizes:
     queries: int
     norms: tuple[int, ...]
     groups: tuple[tuple[Linear, ...], ...]
+    inner: int
     weight_bytes: int
     head_bytes: int
     trainable: int
@@ -86,11 +88,6 @@ class Sizes:
         """Bytes of one number of an adapter; that of activations where there is none."""
         numbers = self.layers * sum(linear.adapter_parameters for linear in self.linears)
         return max(1, round(self.adapter_bytes / numbers)) if numbers else self.itemsize
-
-    @property
-    def inner(self) -> int:
-        """Width of one half of the gated MLP; 0 where the layer has none."""
-        return max((group[-1].inputs for group in self.groups if group[-1].outputs == self.hidden), default=0)
 
     @property
     def largest_linear(self) -> int:
@@ -158,6 +155,7 @@ def of_model(model: Any) -> Sizes:
     own = {id(p) for p in adapters}
     weights = [p for p in model.parameters() if id(p) not in own]
     trained = [p for p in model.parameters() if p.requires_grad]
+    groups = list(_groups(layer))
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     tied = head is None or getattr(head, "weight", None) is getattr(embedding, "weight", None)
     return Sizes(
@@ -169,7 +167,8 @@ def of_model(model: Any) -> Sizes:
         kv=kv,
         queries=text.num_attention_heads,
         norms=tuple(_norms(layer, head_dim, (heads, kv))),
-        groups=tuple(_groups(layer)),
+        groups=tuple(group for _, group in groups),
+        inner=max((found[-1].inputs for name, found in groups if _is_mlp(name, found, text.hidden_size)), default=0),
         weight_bytes=sum(_nbytes(p) for p in weights),
         head_bytes=0 if tied or head is None else sum(_nbytes(p) for p in head.parameters()),
         trainable=sum(p.numel() for p in trained),
@@ -198,17 +197,25 @@ def _norms(layer: nn.Module, head_dim: int, of_heads: tuple[int, int]) -> Iterat
         yield left.pop(0) if weight.numel() == head_dim and left else weight.numel()
 
 
-def _groups(module: nn.Module) -> Iterator[tuple[Linear, ...]]:
+def _groups(module: nn.Module, name: str = "") -> Iterator[tuple[str, tuple[Linear, ...]]]:
+    """The linears in each module, and the module's name."""
     found = []
-    for child in module.children():
+    for own, child in module.named_children():
         if hasattr(child, "in_features") and hasattr(child, "out_features"):
             ranks = getattr(child, "r", None)  # PEFT's
             rank = sum(ranks.values()) if isinstance(ranks, dict) else 0
             found.append(Linear(int(child.in_features), int(child.out_features), rank))  # type: ignore[arg-type]
         else:
-            yield from _groups(child)
+            yield from _groups(child, f"{name}.{own}")
     if found:
-        yield tuple(found)
+        yield name, tuple(found)
+
+
+def _is_mlp(name: str, linears: tuple[Linear, ...], hidden: int) -> bool:
+    """Whether linears are a gated MLP's: two halves from the hidden size, side by side or one, and back."""
+    *firsts, last = linears
+    wide = sum(linear.outputs for linear in firsts)
+    return "att" not in name and last.outputs == hidden and wide == 2 * last.inputs
 
 
 def _nbytes(parameter: Any) -> int:

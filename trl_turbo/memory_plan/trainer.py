@@ -138,9 +138,9 @@ def _device(device: torch.device, engine: Any) -> tuple[int | None, int]:
         return None, CONTEXT_BYTES
     free, total = torch.cuda.mem_get_info(device)
     context = total - free - torch.cuda.memory_reserved(device)
-    if engine is not None or not 0 < context < LARGEST_CONTEXT:
-        context = CONTEXT_BYTES
-    return total, context
+    # Kernels are loaded as they are used: early on there are fewer. vLLM's own are counted as the engine's
+    measured = engine is None and context < LARGEST_CONTEXT
+    return total, max(context, CONTEXT_BYTES) if measured else CONTEXT_BYTES
 
 
 def planned(trainer: Any) -> tuple[MemoryPlan | None, str]:

@@ -76,7 +76,8 @@ class Pages:
                 return None
             self.slabs += 1
             self._free += slab.split(PAGE_BYTES)
-        taken, self._free = self._free[-count:], self._free[:-count]
+        taken = self._free[:count]
+        del self._free[:count]
         return taken
 
     def give_back(self, pages: list[Page]) -> None:

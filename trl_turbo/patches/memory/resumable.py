@@ -56,15 +56,16 @@ class Point:
                 torch.cuda.set_rng_state(now_device)
 
 
-def left_behind(trainer: Any, point: Point | None) -> str:
+def left_behind(trainer: Any, point: Point | None, since: float) -> str:
     """Make sure that a run can be resumed from its last completed step where it can; says from where, in a sentence.
 
     Args:
         trainer: The trainer, whose step failed.
         point: Where it stood before it; `None` where its weights may be half updated.
+        since: When its run began.
     """
     root = Path(trainer.args.output_dir)
-    there = _checkpoints(root)
+    there = _checkpoints(root, since)
     if point is not None and point.step in there:
         return _from(there[point.step])
     reason = _unsaved(trainer, point)
@@ -73,7 +74,7 @@ def left_behind(trainer: Any, point: Point | None) -> str:
             return _from(_save(trainer, point, root))
         except Exception as error:  # the disk, say; what went wrong first is what must be told
             reason = f"saving step {point.step} failed ({type(error).__name__}: {error})"
-    last = _from(there[max(there)]) if there else "there is no earlier checkpoint in " + str(root)
+    last = _from(there[max(there)]) if there else f"there is no checkpoint of this run in {root}"
     return f"{reason}; {last}"
 
 
@@ -103,7 +104,9 @@ def _save(trainer: Any, point: Point, root: Path) -> Path:
             trainer._save_checkpoint(trainer.model, None)
         state.best_model_checkpoint = before[3]
         name = f"checkpoint-{point.step}"
-        return (folder / root.name / name).rename(root / name)
+        # Of another run, where one is there by that name
+        target = root / name if not (root / name).exists() else Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
+        return (folder / root.name / name).rename(target)
     finally:
         args.output_dir, args.push_to_hub, args.save_only_model, state.best_model_checkpoint = before
         shutil.rmtree(folder, ignore_errors=True)
@@ -113,7 +116,8 @@ def _from(checkpoint: Path) -> str:
     return f"resume with trainer.train(resume_from_checkpoint={str(checkpoint)!r})"
 
 
-def _checkpoints(root: Path) -> dict[int, Path]:
-    """Complete checkpoints by their step: the trainer's state is what is written last."""
-    found = (path.parent for path in root.glob("checkpoint-*/trainer_state.json"))
+def _checkpoints(root: Path, since: float) -> dict[int, Path]:
+    """Complete checkpoints of a run by their step: the trainer's state is what is written last."""
+    states = (path for path in root.glob("checkpoint-*/trainer_state.json") if path.stat().st_mtime >= since)
+    found = (path.parent for path in states)
     return {int(path.name.rpartition("-")[2]): path for path in found if path.name.rpartition("-")[2].isdigit()}

@@ -21,7 +21,9 @@ def is_told(error: BaseException) -> bool:
     return _TOLD in str(error)
 
 
-def told(trainer: Any, error: torch.OutOfMemoryError, phase: str, point: Point | None) -> torch.OutOfMemoryError:
+def told(
+    trainer: Any, error: torch.OutOfMemoryError, phase: str, point: Point | None, since: float
+) -> torch.OutOfMemoryError:
     """The same error with the plan in its message; gradients are dropped, and the last completed step is saved.
 
     Args:
@@ -29,6 +31,7 @@ def told(trainer: Any, error: torch.OutOfMemoryError, phase: str, point: Point |
         error: What was raised; its first words stay the first, which some who catch it look for.
         phase: `"rollout"` or `"training"`.
         point: Where the trainer stood before the step; `None` where its state may be half updated.
+        since: When its run began.
     """
     found, reason = planned(trainer)
     # What the failed step made is in the frames that it left
@@ -37,7 +40,7 @@ def told(trainer: Any, error: torch.OutOfMemoryError, phase: str, point: Point |
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    where = left_behind(trainer, point)
+    where = left_behind(trainer, point, since)
     lines = [str(error), "", f"{_TOLD} in {phase}, after {trainer.state.global_step} steps."]
     lines += [reason] if found is None else [_overflowed(found, phase), str(found)]
     return type(error)("\n".join([*lines, f"The run: {where}."]))

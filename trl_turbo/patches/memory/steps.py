@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -21,8 +22,10 @@ from trl_turbo.patches.memory.resumable import Point
 from trl_turbo.patching import Replacement
 from trl_turbo.report import current_peaks, note
 
-#: Where a trainer keeps the point to which it can be taken back, and the phase that it is in.
-POINT, PHASE = "_trl_turbo_point", "_trl_turbo_phase"
+#: Where a trainer keeps the point to which it can be taken back, the phase that it is in, and when its run began.
+POINT, PHASE, SINCE = KEPT = ("_trl_turbo_point", "_trl_turbo_phase", "_trl_turbo_since")
+#: By which a file's time may be behind the clock.
+FILE_TIME_S = 2
 
 
 def probe(module: ModuleType, trainer_name: str, sampling: tuple[str, ...]) -> str | None:
@@ -58,17 +61,19 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
             note("memory", reason)
         elif peaks is not None:
             peaks.predict(phases_of(found))
-        for name in (POINT, PHASE):
+        for name in KEPT:
             vars(self).pop(name, None)
+        if not (args or kwargs.get("resume_from_checkpoint")):  # else what is there is this run's
+            vars(self)[SINCE] = time.time() - FILE_TIME_S
         try:
             return original(self, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             if shortage.is_told(error) or getattr(self.args, "auto_find_batch_size", False):
                 raise
             # Outside of a step, the optimizer's included: what is in memory may be half of an update
-            raise shortage.told(self, error, _phase(self), None) from error
+            raise shortage.told(self, error, _phase(self), None, _since(self)) from error
         finally:
-            for name in (POINT, PHASE):
+            for name in KEPT:
                 vars(self).pop(name, None)
 
     return train
@@ -86,7 +91,7 @@ def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
         except torch.OutOfMemoryError as error:
             if shortage.is_told(error) or getattr(self.args, "auto_find_batch_size", False):
                 raise
-            raise shortage.told(self, error, _phase(self), point) from error
+            raise shortage.told(self, error, _phase(self), point, _since(self)) from error
         _measure(self, "training")
         return result
 
@@ -108,6 +113,10 @@ def _sampled(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _phase(trainer: Any) -> str:
     return vars(trainer).get(PHASE, "training")
+
+
+def _since(trainer: Any) -> float:
+    return vars(trainer).get(SINCE, 0.0)
 
 
 def _measure(trainer: Any, phase: str) -> None:
