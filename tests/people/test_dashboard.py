@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import trl
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 import trl_turbo
 from trl_turbo.dashboard import memory
@@ -112,6 +112,30 @@ def test_each_reward_function_has_its_line_and_every_phase_its_memory(tiny: Path
     rates = [value for _, value in series["Tokens/s"]["tokens_per_second"]]
     # The log rounds times to a millisecond
     assert rates[1] == pytest.approx((tokens[1] - tokens[0]) / (times[1] - times[0]), rel=0.1)
+
+
+def test_trls_own_loggers_are_left_as_they_are(tiny: Path, tmp_path: Path, capfd) -> None:
+    """`log_completions`, a logger of the script's, and what the log is given to them with."""
+    seen = []
+    for on in (False, True):
+        heard: list[list[str]] = []
+
+        class Logger(TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+                heard.append(sorted(logs))  # noqa: B023
+
+        trl_turbo.patch(dashboard=on, verbose=False)
+        trainer = grpo(tiny, tmp_path / str(on), 2, log_completions=True, disable_tqdm=True)
+        trainer.add_callback(Logger())
+        trainer.train()
+        printed = [line for line in capfd.readouterr().out.splitlines() if "Step" in line or "Completion" in line]
+        seen.append((heard, printed, sorted(path.name for path in (tmp_path / str(on)).iterdir())))
+    (heard, printed, files), (watched, watched_printed, watched_files) = seen
+    assert len(heard) >= 3
+    assert heard == watched
+    assert printed == watched_printed
+    assert any("Completion" in line for line in printed)
+    assert watched_files == sorted([*files, "trl_turbo"])
 
 
 @pytest.mark.parametrize("off", ["keyword", "environment"])

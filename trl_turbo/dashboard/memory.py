@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-#: Seconds between samples: a phase of a step on a GPU takes longer, and a sample takes microseconds.
-PERIOD_S = 0.02
+#: Seconds between samples. One takes torch some tenths of a millisecond, which the training's thread waits for.
+PERIOD_S = 0.05
 #: A part of what TRL calls a piece of its work -> the phase that it is. What is named otherwise stays in the phase it
 #: is in: a reward function, for one, is called what its author called it.
 PHASES = (
