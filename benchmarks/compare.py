@@ -26,7 +26,7 @@ TIMES, RATES, SIZES = ("_ms", "_s"), ("tokens_s", "gbps", "longest"), ("_gb", "_
 IGNORED = ("low_ms", "high_ms", "loaded_gb", "in_use_at_first_gb", "copy_gbps", "cap_gb", "predicted_gb", "bar_ms")
 SKIPPED = ("plan", "phases", "environment", "moments", "from_trainer_gb", "engine", "memory")
 #: What tells one row from another, beside all words.
-CASE = ("n", "h", "hidden", "rank", "completion")
+CASE = ("n", "h", "hidden", "rank", "completion", "tokens", "heads")
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from typing import Any
 from benchmarks import measure, models
 from trl_turbo.patches import FEATURES as KNOWN
 
-#: What is on for trl_turbo beside what `patch()` turns on by itself; those that this version has.
+#: What is on for trl_turbo beside the log-prob; those that this version has.
 FEATURES = tuple(
     name
     for name in (
         "rollout",
+        "shared_pass",
         "lora",
         "norms",
         "rope",
@@ -56,8 +57,9 @@ SHOWN = (
 
 
 def patch_line(features: Iterable[str]) -> str:
-    """What a script says for these features, and no others."""
-    return f"import trl_turbo; trl_turbo.patch({', '.join(f'{name}=True' for name in features)})"
+    """What a script says for these features, and no others of `FEATURES`."""
+    wanted = dict.fromkeys(FEATURES, False) | dict.fromkeys(features, True)
+    return f"import trl_turbo; trl_turbo.patch({', '.join(f'{name}={on}' for name, on in wanted.items())})"
 
 
 def run(given: list[str], path: str | None, log: Path, module: str = "benchmarks.grpo_run") -> dict[str, Any]:

@@ -258,6 +258,68 @@ def _probe(probe: dict[str, Any]) -> list[str]:
     return [f"{probe['completion']:,}", f"{probe['peak_gb']:.1f}", f"{probe['micro_batch_s'][-1]:.1f}"]
 
 
+def attention() -> str:
+    """The section's tables, in Markdown; says so where nothing was measured yet."""
+    path = RESULTS / "attention.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    about, results = data["environment"], data["results"]
+    peers = [name for row in results for name in row["both"]["timings"] if name != "trl_turbo"]
+    peers = list(dict.fromkeys(peers))
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
+        f"{about['triton']}.",
+        "",
+        "![attention](../benchmarks/results/attention.png)",
+    ]
+    for phase in ("forward", "backward", "both"):
+        lines += ["", f"{phase.capitalize()}:", ""]
+        lines.append(f"| batch | tokens | heads | trl_turbo | TFLOP/s | {' | '.join(peers)} |")
+        lines.append("|---" * (len(peers) + 5) + "|")
+        for row in results:
+            times = {name: timing["median_ms"] for name, timing in row[phase]["timings"].items()}
+            cells = [row["case"], f"{row['tokens']:,}", f"{row['heads']}/{row['key_heads']}"]
+            cells += [f"{times['trl_turbo']:.2f}", f"{row[phase]['tflops']:.0f}"]
+            for name in peers:
+                ratio = f"{times[name]:.2f} ({times[name] / times['trl_turbo']:.2f}x)" if name in times else "-"
+                cells.append(ratio)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def packing() -> str:
+    """The section's table, in Markdown; says so where nothing was measured yet."""
+    path = RESULTS / "packing.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text())
+    about, results = data["environment"], data["results"]
+    names = list(results[0]["timings"])
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
+        f"{about['triton']}, TRL {about['trl']}, transformers {about['transformers']}. Medians in ms, in brackets MiB.",
+        "",
+        "![packing](../benchmarks/results/packing.png)",
+        "",
+        f"| batch | {' | '.join(names)} | as fast as stock | of its memory |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for row in results:
+        timings = row["timings"]
+        cells = [row["setting"]]
+        for name in names:
+            timing = timings.get(name)
+            out = "out of memory"
+            cells.append(out if timing is None else f"{timing['median_ms']:,.0f} ({timing['extra_mib']:,.0f})")
+        stock, ours = timings.get("trl"), timings.get("trl_turbo")
+        known = stock is not None and ours is not None
+        cells.append(f"{stock['median_ms'] / ours['median_ms']:.2f}x" if known else "-")
+        cells.append(f"{ours['extra_mib'] / stock['extra_mib']:.0%}" if known else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 SECTIONS = {
     "grpo": grpo,
     "trainers": trainers,
@@ -267,6 +329,8 @@ SECTIONS = {
     "lora_fold": lora_fold,
     "lora": lora,
     "blocks": blocks,
+    "attention": attention,
+    "packing": packing,
 }
 
 

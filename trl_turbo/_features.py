@@ -12,11 +12,12 @@ from trl_turbo.settings import PREFIX
 
 #: What a feature's keyword and variable take beside on and off; each is a way to be on.
 WORDS: dict[str, tuple[str, ...]] = {"rollout": ("script",)}
+_UNMEASURED: tuple[str, ...] = ("attention", "packing", "checkpointing", "mlp_tiling", "memory")
 #: Features that are off unless asked for, and why, in the words of the report.
 OPT_IN: dict[str, str] = {
     feature: "off by default until it is measured on a GPU; "
     f"patch({feature}=True) or {PREFIX}_{feature.upper()}=1 turns it on"
-    for feature in ("rollout", "lora", "norms", "rope", "mlp", "checkpointing", "mlp_tiling", "memory")
+    for feature in _UNMEASURED
 }
 #: Names that no feature may have: keywords of ``patch()`` and switches that mean something else.
 RESERVED = frozenset({"strict", "verbose", "plugins", *settings.WORDS})

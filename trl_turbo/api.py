@@ -21,10 +21,13 @@ def patch(
     rollout_adapter: Literal["auto", "merged", "served"] | None = None,
     rollout_burst: Literal["auto", "off"] | None = None,
     rollout_kv_cache_dtype: Literal["auto", "fp8"] | None = None,
+    shared_pass: bool | None = None,
     lora: bool | None = None,
     norms: bool | None = None,
     rope: bool | None = None,
     mlp: bool | None = None,
+    attention: bool | None = None,
+    packing: bool | None = None,
     dashboard: bool | None = None,
     guards: bool | None = None,
     guard_chat_template: bool | None = None,
@@ -50,7 +53,6 @@ def patch(
         verbose: ``None`` logs one line to the logger ``trl_turbo``, ``True`` the table as well, ``False`` nothing.
         logprob: The fused log-prob in GRPO, RLOO, DPO, OnlineDPO and PPO.
         rollout: Rollouts of GRPO, RLOO, OnlineDPO and PPO from a colocated vLLM that reads the trainer's own weights.
-            Off unless asked for: it is proven on the CPU and not yet measured on a GPU.
             With ``use_vllm=False``, and in PPO, which has no vLLM of its own, trainers are routed to it where vLLM is
             installed and the model can be shared; ``"script"`` leaves that choice to the script.
         rollout_adapter: How a LoRA adapter gets into rollouts: ``"merged"`` folds it into the base weights for each and
@@ -61,12 +63,17 @@ def patch(
         rollout_kv_cache_dtype: ``"fp8"`` halves the KV cache of a 16-bit model; samples then come from a slightly
             different policy. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE``, and that to ``auto``, the
             model's own dtype.
+        shared_pass: GRPO and RLOO score a rollout under the policy that sampled it with the forward of the training
+            step, where one step trains on all of it.
         lora: PEFT's LoRA layers over bf16, fp16, fp32 and bitsandbytes bases, the projections of attention together and
-            gated MLPs as one function. Off unless asked for: it is proven on the CPU and not yet measured on a GPU.
-        norms: RMSNorms of any model that computes what our op does, found out on random input. Off unless asked for: it
-            is proven on the CPU and not yet measured on a GPU, like ``rope`` and ``mlp``.
+            gated MLPs as one function.
+        norms: RMSNorms of any model that computes what our op does, found out on random input.
         rope: The rotary embedding of any model whose ``apply_rotary_pos_emb`` computes what our op does.
         mlp: Gated MLPs of any model, between their own linears, where they compute what our op does.
+        attention: Our attention, which ``attn_implementation="trl_turbo"`` selects, in place of eager and sdpa in the
+            scoring passes of models whose attention computes what ours does.
+        packing: Scoring passes on one packed row: without padding, and with each prompt that several answers share
+            once.
         dashboard: While a TRL trainer trains, a live table and small charts where its progress bars are, and in
             ``<output_dir>/trl_turbo`` a JSON-lines log, the latest completions and at the end an HTML report.
         guards: Warnings of what costs people hours, each with its remedy and each off by its own keyword:
@@ -78,16 +85,15 @@ def patch(
         guard_logp_drift: log-probs of rollouts that drift away from the trainer's;
         guard_context: prompts that are longer than the context.
         checkpointing: With ``gradient_checkpointing=True``, layers' inputs wait for backward in pinned host memory, to
-            the bit, unless that is short or waiting for the copies takes more than 3 % of forward and backward. Off
-            unless asked for: it is proven on the CPU and not yet measured on a GPU, like ``mlp_tiling``.
+            the bit, unless that is short or waiting for the copies takes more than 3 % of forward and backward.
         mlp_tiling: Gated MLPs run at most 8,192 rows at a time, in checkpointed layers and in passes without gradients.
         memory: ``status()`` shows what rollouts and training took at the driver beside what :func:`trl_turbo.plan`
             predicts; running out of memory raises the same error with the plan, what overflowed and the one setting to
-            change, and saves the last completed step first. Off unless asked for, like ``checkpointing``.
+            change, and saves the last completed step first.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
-            (``rollout``, ``lora``, ``norms``, ``rope``, ``mlp``, ``checkpointing``, ``mlp_tiling`` and ``memory`` are
-            off).
+            (``attention``, ``packing``, ``checkpointing``, ``mlp_tiling`` and ``memory`` are off until they are
+            measured on a GPU).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:
@@ -109,10 +115,13 @@ def patch(
             "rollout_adapter": rollout_adapter,
             "rollout_burst": rollout_burst,
             "rollout_kv_cache_dtype": rollout_kv_cache_dtype,
+            "shared_pass": shared_pass,
             "lora": lora,
             "norms": norms,
             "rope": rope,
             "mlp": mlp,
+            "attention": attention,
+            "packing": packing,
             "dashboard": dashboard,
             "guards": guards,
             "guard_chat_template": guard_chat_template,

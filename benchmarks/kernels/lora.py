@@ -70,6 +70,7 @@ def linear(outputs: int, inputs: int, base: str) -> nn.Module:
     import bitsandbytes as bnb
 
     made = bnb.nn.Linear4bit(inputs, outputs, False, DTYPE, compress_statistics=True, quant_type="nf4")
+    made.to(DTYPE)  # its values dequantise to what they were when they were quantised, as in a loaded model
     made.load_state_dict(dense.state_dict())
     return made.to(DEVICE)
 

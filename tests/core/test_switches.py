@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import trl_turbo
-from trl_turbo import PatchError
+from trl_turbo import PatchError, _features
 from trl_turbo.hookspecs import hookimpl
 from trl_turbo.patching import Replacement
 
@@ -115,10 +115,11 @@ def test_a_word_is_a_way_to_be_on(target, new_session, core, monkeypatch):
 
 
 def test_what_is_not_measured_yet_is_off_unless_asked_for(target, new_session, core, monkeypatch):
+    monkeypatch.setattr(_features, "OPT_IN", {"rollout": "off by default, and why"})
     session = new_session(core.Plugin(core.make_patch(target.name, "rollout.one", "rollout")), features=("rollout",))
     row = session.patch(strict=True)["rollout.one"]
     assert row.status == "off"
-    assert row.reason.startswith("off by default until it is measured on a GPU")
+    assert row.reason == "off by default, and why"
     assert session.patch(rollout=True)["rollout.one"].status == "pending"
     monkeypatch.setenv("TRL_TURBO_ROLLOUT", "1")
     assert session.patch()["rollout.one"].status == "pending"

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,15 @@ def turbo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     started = []
 
     def start(model, *, work=None, **kwargs):
+        import torch
+
         from trl_turbo.engine.llm import TurboLLM
-        from trl_turbo.engine.serving import Trainee, serving
+        from trl_turbo.engine.serving import Trainee, alone, serving
         from trl_turbo.engine.sizing import Work
 
-        with serving(lambda: Trainee(model, None, work or Work(4, 16, 32))):
+        # On a GPU an engine that is declined says why, where one with a copy of the weights would first take a minute
+        way = alone() if torch.cuda.is_available() else nullcontext()
+        with way, serving(lambda: Trainee(model, None, work or Work(4, 16, 32))):
             started.append(TurboLLM(**{**trl_arguments(model), **kwargs}))
         return started[-1]
 

@@ -171,7 +171,7 @@ def test_a_stop_inside_a_burst_is_the_last_token(tmp_path, turbo):
     model, _ = prepared(tmp_path, adapter=False)
     llm = turbo(model)
     params = vllm.SamplingParams(
-        temperature=1.0, max_tokens=200, stop_token_ids=list(range(100, 110)), detokenize=False
+        temperature=1.0, max_tokens=200, ignore_eos=True, stop_token_ids=list(range(100, 110)), detokenize=False
     )
     outputs = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": [9, 10, 11]}] * 12, params, use_tqdm=False)]
     for output in outputs:  # 12 requests, 4 at a time

@@ -78,6 +78,28 @@ def test_grpo_with_an_adapter(trainer, patched, monkeypatch):
             assert torch.equal(parameter, frozen[name]), name
 
 
+def test_grpo_on_packed_rows(trainer, patched, monkeypatch):
+    """vLLM's log-probs of what it sampled are those of the packed passes, in which a group's prompt is there once."""
+    import trl_turbo
+    from trl_turbo.patches.attention import passes
+
+    trl_turbo.patch(rollout=True, packing=True, verbose=False)
+    shared, arrange = [], passes._arrange
+
+    def watched(*args):
+        found = arrange(*args)
+        assert isinstance(found, passes.Arranged), found
+        shared.append(max(found.layout.segments.prefix) >= 0)
+        return found
+
+    monkeypatch.setattr(passes, "_arrange", watched)
+    trained = trainer("GRPO", max_steps=4, learning_rate=1e-2)
+    assert engine_of(trained).shared is not None, engine_of(trained).declined
+    trained.train()
+    assert any(shared)  # a prompt of one token has nothing to share
+    assert max(metric(trained, GAP)) < 1e-3, metric(trained, GAP)
+
+
 def test_grpo_in_4_bits_with_an_adapter(trainer, patched, monkeypatch):
     peft = pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")

@@ -14,7 +14,10 @@ import torch
 HERE = Path(__file__).parent
 TWINS = [
     HERE / "twins.py",
-    *(HERE / op / "twins.py" for op in ("lora_fold", "token_logprob", "rms_norm", "rope", "gated")),
+    *(
+        HERE / op / "twins.py"
+        for op in ("lora_fold", "token_logprob", "rms_norm", "rope", "gated", "attention", "lora")
+    ),
 ]
 each_file = pytest.mark.parametrize("twins", TWINS, ids=lambda path: path.parent.name)
 

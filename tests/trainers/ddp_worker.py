@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trl_turbo.patches.attention import passes
+
 from .adapters import lora
 from .models import VARIANTS, folder
 from .parity import Path as Way
@@ -37,7 +39,9 @@ CASES = {
     # Stock PPO reads `.policy` off its model, which DDP has wrapped, where an adapter stands for the reference
     if parts[0] != "PPO" or not any(parts[1:])
 }
-LABELS = sorted(CASES)
+# Trained on packed rows, too, which is off by default
+PACKED = ("GRPO-lora-checkpointed", "DPO-checkpointed", "OnlineDPO-lora")
+LABELS = sorted([*CASES, *(f"{label}-packed" for label in PACKED)])
 
 
 def _train(case: Case) -> dict[str, Any] | str:
@@ -48,19 +52,44 @@ def _train(case: Case) -> dict[str, Any] | str:
     except RuntimeError as error:
         return f"stock fails in two processes: {error}"[:200]
     perturbed = [run(case, variant) for variant in VARIANTS[1:]]
-    with patched() as path:
+    return {"stock": plain, "perturbed": perturbed, **_patched(case)}
+
+
+def _patched(case: Case, **features: bool) -> dict[str, Any]:
+    with patched(**features) as path:
         ours = run(case)
     # Requests hold functions, which do not travel: what is asked of them is whether all were answered
     unanswered = [request for request in path.requests if not request.answered]
     assert not unanswered
-    return {"stock": plain, "perturbed": perturbed, "patched": ours, "path": Way([], path.kernel[:1], 0, path.notes)}
+    return {"patched": ours, "path": Way([], path.kernel[:1], 0, path.notes, path.others)}
+
+
+def _packed(case: Case) -> dict[str, Any]:
+    """The same case on packed rows; every pass is one, and prompts are shared."""
+    arranged, arrange = [], passes._arrange
+
+    def watched(*args: Any) -> Any:
+        arranged.append(arrange(*args))
+        return arranged[-1]
+
+    passes._arrange = watched
+    try:
+        found = _patched(case, packing=True)
+    finally:
+        passes._arrange = arrange
+    assert all(isinstance(each, passes.Arranged) for each in arranged), found["path"].others
+    assert any(max(each.layout.segments.prefix) >= 0 for each in arranged)
+    return found
 
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
     for variant in VARIANTS:
         folder("qwen2", variant)
-    found = {label: _train(CASES[label]) for label in LABELS}
+    found = {label: _train(case) for label, case in CASES.items()}
+    for label in PACKED:
+        plain = found[label]
+        found[f"{label}-packed"] = plain if isinstance(plain, str) else {**plain, **_packed(CASES[label])}
     torch.save(found, Path(out) / f"rank-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 

@@ -15,7 +15,7 @@ import trl_turbo
 from trl_turbo.patches.lora import group, layers, mlp
 from trl_turbo.patches.lora.models import hook_model
 
-from .models import VOCAB, folder, load
+from .models import ALONE, VOCAB, folder, load
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -56,7 +56,7 @@ def patched(model: Any = None) -> Iterator[Counter[str]]:
 
         return call
 
-    report = trl_turbo.patch(lora=True, strict=True, verbose=False)
+    report = trl_turbo.patch(**{**ALONE, "lora": True}, strict=True, verbose=False)
     already = len(report.notes)
     try:
         with contextlib.ExitStack() as stack:

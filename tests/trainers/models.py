@@ -15,6 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_turbo.demo.tiny import make_tokenizer
 
+#: Keywords of `patch()` that leave the log-prob alone on, for what must be stock's to the bit
+ALONE = dict.fromkeys(("shared_pass", "lora", "norms", "rope", "mlp"), False)
+
+
+def turn_off(monkeypatch: Any) -> None:
+    """Leave nothing on that is on by default, unless a keyword of `patch()` asks for it."""
+    for feature in ("logprob", *ALONE):
+        monkeypatch.setenv(f"TRL_TURBO_{feature.upper()}", "0")
+
+
 VOCAB = 211  # a prime, so that no other dimension of a run is taken for it
 VARIANTS = ("plain", "perturbed-1", "perturbed-2")
 

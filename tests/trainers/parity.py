@@ -17,7 +17,7 @@ import trl_turbo
 from trl_turbo.patches.logprob import forward, fused_head
 from trl_turbo.patches.logprob.request import Request
 
-from .models import VARIANTS
+from .models import ALONE, VARIANTS
 from .rule import Outcome, assert_identical, assert_same
 from .runs import Case, build, run, train
 
@@ -45,13 +45,15 @@ class Path:
         requests: Every scoring pass that was asked for, in order.
         kernel: Every call of the kernel.
         through_head: How often a head was scored by calling it, a few rows at a time.
-        notes: What the report says about it.
+        notes: What the report says about the log-prob.
+        others: What it says about other features.
     """
 
     requests: list[Request] = field(default_factory=list)
     kernel: list[Call] = field(default_factory=list)
     through_head: int = 0
     notes: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     def assert_ours(self, notes: tuple[str, ...] = ()) -> None:
         assert self.kernel or self.through_head, "nothing was scored by our kernel"
@@ -63,8 +65,8 @@ class Path:
 
 
 @contextmanager
-def patched() -> Iterator[Path]:
-    """Patch TRL, and watch what is scored by whom."""
+def patched(**features: Any) -> Iterator[Path]:
+    """Patch TRL, with all that is on by default or these features, and watch what is scored by whom."""
     path = Path()
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,7 +87,7 @@ def patched() -> Iterator[Path]:
         path.through_head += 1
         return head_logprob(*args, **kwargs)
 
-    report = trl_turbo.patch(strict=True, verbose=False)
+    report = trl_turbo.patch(strict=True, verbose=False, **features)
     already = len(report.notes)
     try:
         with ExitStack() as stack:
@@ -95,7 +97,9 @@ def patched() -> Iterator[Path]:
             stack.enter_context(replaced.object(Request, "__init__", remembered))
             yield path
     finally:
-        path.notes = tuple(note.text for note in report.notes[already:])
+        found = report.notes[already:]
+        path.notes = tuple(note.text for note in found if note.feature == "logprob")
+        path.others = tuple(note.text for note in found if note.feature != "logprob")
         trl_turbo.unpatch()
 
 
@@ -135,7 +139,7 @@ def check_kept(case: Case, note: str) -> None:
     """Assert that a patched run is stock's, bit for bit, on TRL's own path, and that the report says why."""
     skip_unless_known(case)
     plain = stock(case)[0]
-    with patched() as path:
+    with patched(**ALONE) as path:
         ours = run(case)
     assert any(note in text and "TRL's own path" in text for text in path.notes), path.notes
     assert not path.kernel

@@ -17,6 +17,7 @@ from trl_turbo.kernels.linear_logprob.reference import excess_error
 from trl_turbo.report import Report
 
 from .block_models import MODELS, RUNS, make, ran, results, tokens
+from .models import ALONE
 
 DTYPES = [torch.float32, torch.bfloat16]
 FEATURES = ("norms", "rope", "mlp")
@@ -24,7 +25,7 @@ FEATURES = ("norms", "rope", "mlp")
 
 def patch(*features: str) -> Report:
     on = {name: name in (features or FEATURES) for name in FEATURES}
-    return trl_turbo.patch(strict=True, verbose=False, logprob=False, **on)
+    return trl_turbo.patch(strict=True, verbose=False, logprob=False, **{**ALONE, **on})
 
 
 def prepared(model: Any, *features: str) -> Any:
@@ -69,16 +70,16 @@ def test_each_feature_by_itself() -> None:
         trl_turbo.unpatch()
 
 
-def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = trl_turbo.patch(verbose=False)
-    rows = [row for row in report if row.feature in FEATURES]
-    assert len(rows) == len(FEATURES)
-    assert all("measured on a GPU" in row.reason for row in rows)
-    assert ran(Accelerator(cpu=True).prepare_model(make("qwen3"))(input_ids=tokens()).logits) == (0, 0, 0)
-    for feature in FEATURES:
-        monkeypatch.setenv(f"TRL_TURBO_{feature.upper()}", "1")
+def test_on_unless_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     trl_turbo.patch(verbose=False)
     assert ran(Accelerator(cpu=True).prepare_model(make("qwen3"))(input_ids=tokens()).logits) == RUNS["qwen3"]
+    trl_turbo.unpatch()
+    for feature in FEATURES:
+        monkeypatch.setenv(f"TRL_TURBO_{feature.upper()}", "0")
+    rows = [row for row in trl_turbo.patch(verbose=False) if row.feature in FEATURES]
+    assert len(rows) == len(FEATURES)
+    assert all(row.status == "off" for row in rows)
+    assert ran(Accelerator(cpu=True).prepare_model(make("qwen3"))(input_ids=tokens()).logits) == (0, 0, 0)
 
 
 def test_unpatch_gives_everything_back() -> None:

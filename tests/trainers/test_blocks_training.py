@@ -19,6 +19,7 @@ from trl_turbo.patches.blocks import mlp, norms, rope
 
 from .adapters import lora
 from .block_models import RUNS, make, ran, tokens
+from .models import ALONE
 from .parity import check
 from .runs import Case
 
@@ -81,7 +82,9 @@ def test_training(case: Case, asked_for: Counter[Any]) -> None:
 
 
 def prepared(model: Any, **features: bool) -> Any:
-    trl_turbo.patch(strict=True, verbose=False, logprob=False, **(features or dict.fromkeys(FEATURES, True)))
+    trl_turbo.patch(
+        strict=True, verbose=False, logprob=False, **{**ALONE, **(features or dict.fromkeys(FEATURES, True))}
+    )
     return Accelerator(cpu=True).prepare_model(model)
 
 
@@ -280,7 +283,7 @@ def test_lora_has_its_mlps_to_itself() -> None:
 
 def test_deepspeed_does_not_go_around() -> None:
     """accelerate prepares a model for DeepSpeed in a method of its own, which needs DeepSpeed only after ours."""
-    trl_turbo.patch(verbose=False, norms=True)
+    trl_turbo.patch(verbose=False, **{**ALONE, "norms": True})
     model = make("llama")
     with pytest.raises((ImportError, AttributeError, ValueError)):
         Accelerator(cpu=True)._prepare_deepspeed(model)

@@ -17,6 +17,7 @@ import trl_turbo
 from trl_turbo.patches.lora.models import hook_model
 
 from .lora_models import ALL, patched
+from .models import ALONE
 
 HIDDEN, INNER, TOKENS, RANK = 96, 560, 80, 8  # the proportions of Qwen2.5-1.5B
 #: Bytes of the whole layer, norms and attention included
@@ -117,7 +118,7 @@ def test_layer_with_adapters_in_the_bases_dtype_is_40_percent_under_with_its_nor
 
     stock = measured(torch.bfloat16, 0.0)
     model = one_layer_model(torch.bfloat16)
-    trl_turbo.patch(lora=True, norms=True, strict=True, verbose=False)
+    trl_turbo.patch(**{**ALONE, "lora": True, "norms": True}, strict=True, verbose=False)
     hook_model(model)
     adopt("norms", model)
     assert measured(torch.bfloat16, 0.0, model)["layer"] <= 0.6 * stock["layer"]

@@ -15,7 +15,7 @@ from trl_turbo.kernels.linear_logprob.reference import excess_error
 from trl_turbo.kernels.lora import scratch
 
 from .lora_models import ALL, PHI3, adapted, distance, passed, patched, tokens
-from .models import folder
+from .models import ALONE, folder
 
 U = 2.0**-24
 # Two float32 passes that sum in another order, over two decoder layers: 64 roundings. The rule against float64 is
@@ -398,7 +398,7 @@ def test_together_with_the_blocks_an_mlp_with_adapters_is_one_function() -> None
     stock = passed(model)
     others = {"norms": True, "rope": True, "mlp": True}
     with patched() as ran:
-        trl_turbo.patch(lora=True, strict=True, verbose=False, **others)
+        trl_turbo.patch(**{**ALONE, "lora": True, **others}, strict=True, verbose=False)
         Accelerator(cpu=True).prepare_model(model)
         ours = passed(model)
     assert (ran["mlp"], ran["qkv"], ran["linear"]) == (2, 2, 2)
@@ -435,12 +435,12 @@ def test_unpatch_restores_the_classes() -> None:
     assert [dict(vars(owner)) for owner in owners] == before
 
 
-def test_off_unless_asked_for() -> None:
-    report = trl_turbo.patch(verbose=False)
-    rows = [row for row in report if row.feature == "lora"]
+def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_TURBO_LORA", "0")
+    rows = [row for row in trl_turbo.patch(verbose=False) if row.feature == "lora"]
     assert {row.name for row in rows} >= {"lora.linear", "lora.models"}
     assert all(row.status == "off" for row in rows)
-    assert "TRL_TURBO_LORA=1" in rows[0].reason
+    assert "TRL_TURBO_LORA=0" in rows[0].reason
 
 
 def test_liger_on_the_instance_is_respected() -> None:

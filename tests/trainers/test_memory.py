@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import trl_turbo
+from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.patches.memory import steps
 
 from .adapters import lora
+from .models import turn_off
 from .parity import skip_unless_known, stock
 from .rule import Outcome, assert_identical
 from .runs import Case, build, run, train
@@ -54,7 +58,7 @@ def failed(case: Case, at_step: int, **options: Any) -> tuple[Any, str]:
 
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("TRL_TURBO_LOGPROB", "0")
+    turn_off(monkeypatch)
     return trl_turbo.patch(memory=True, strict=True, verbose=False)
 
 
@@ -238,6 +242,24 @@ def test_plan_of_a_trainer(patched: Any) -> None:
         own = 0 if reference is None else sum(p.nbytes for p in reference.parameters())
         assert plan.moments["backward"].get("other models", 0) == own
         assert ("rollout" in plan.moments) == (case.trainer != "DPO")
+
+
+def test_plan_of_an_engine_that_runs(patched: Any) -> None:
+    """What the engine reports is taken; its cache is not, while it is given up: it will be there again."""
+    trainer = build(Case("GRPO"))
+    report = MemoryReport(shared_bytes=1, copied_bytes=2, padding_bytes=3, kv_bytes=4, lora_bytes=5, graph_bytes=6)
+    engine = SimpleNamespace(shared=SimpleNamespace(can_release=True), memory_report=lambda: report)
+    trainer.use_vllm, trainer.vllm_generation = True, SimpleNamespace(llm=engine)
+    rollout = trl_turbo.plan(trainer).moments["rollout"]
+    assert [rollout[f"engine's {part}"] for part in ("weights", "adapter")] == [5, 5]
+    assert (rollout["KV cache"], rollout["CUDA graphs"]) == (4, 6)
+    assert "KV cache" not in trl_turbo.plan(trainer).moments["backward"]
+    report = replace(report, kv_bytes=0, kv_released=True)
+    assert trl_turbo.plan(trainer).moments["rollout"]["KV cache"] > 4
+    engine.shared = None
+    rollout = trl_turbo.plan(trainer).moments["rollout"]
+    assert rollout["engine's weights"] == rollout["weights"]
+    assert trl_turbo.plan(trainer).moments["backward"]["KV cache"] == rollout["KV cache"]
 
 
 def test_plan_of_something_else() -> None:

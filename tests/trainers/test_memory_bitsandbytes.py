@@ -13,6 +13,7 @@ from trl_turbo.memory_plan import sizes as model_sizes
 
 from .adapters import lora
 from .lora_models import ALL
+from .models import turn_off
 from .rule import assert_identical
 from .runs import Case, build, run, train
 
@@ -40,12 +41,13 @@ def test_weights_in_four_bits(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
-def test_optimizers_in_eight_bits(optim: str) -> None:
+def test_optimizers_in_eight_bits(optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script asks for it, and nothing of ours is in its way. Tensors under 4,096 numbers keep 32 bits."""
     options = {"optim": optim, "beta": 0.1, "gradient_checkpointing": True, "max_steps": 2}
     case = Case("GRPO", options, peft=lora(*ALL, r=128))
     plain = run(case)
-    trl_turbo.patch(logprob=False, mlp_tiling=True, memory=True, verbose=False)
+    turn_off(monkeypatch)
+    trl_turbo.patch(mlp_tiling=True, memory=True, verbose=False)
     trainer = build(case)
     assert_identical(plain, train(trainer))
     states = trainer.optimizer.state.values()

@@ -22,6 +22,8 @@ from trl_turbo.memory_plan import sizes as model_sizes
 from trl_turbo.memory_plan.layer import TILE_ROWS, layer_bytes
 from trl_turbo.memory_plan.table import REMEDIES
 
+from .models import ALONE
+
 FAMILIES = ("Qwen2Config", "Qwen3Config", "LlamaConfig", "Phi3Config", "Gemma2Config")
 TOKENS, BATCH = 256, 2
 
@@ -95,7 +97,7 @@ class OneLayer:
 
     def __init__(self, family: str, rank: int, features: tuple[str, ...], adapter_dtype: torch.dtype) -> None:
         if features:
-            trl_turbo.patch(verbose=False, **dict.fromkeys(features, True))
+            trl_turbo.patch(verbose=False, **{**ALONE, **dict.fromkeys(features, True)})
         self.model = made(family, rank, adapter_dtype)
         Accelerator(cpu=True).prepare_model(self.model)
         self.model.train()
@@ -179,14 +181,17 @@ def test_what_a_layer_takes(family: str, rank: int, features: tuple[str, ...], d
     assert found.peak == pytest.approx(layer.peak() + own_input, rel=0.05)
 
 
-def test_tiles_bound_the_mlp() -> None:
-    sizes = model_sizes.of_config(config(), rank=4)
-    features = ("norms", "rope", "mlp", "lora", "mlp_tiling")
-    short, tile, long = (layer_bytes(sizes, n, features) for n in (TILE_ROWS // 2, TILE_ROWS, 16 * TILE_ROWS))
-    whole = layer_bytes(sizes, 16 * TILE_ROWS, features[:-1])
-    assert short.peak < tile.peak < long.peak < whole.peak
-    inner = 6 * sizes.itemsize * sizes.inner
-    assert whole.peak - long.peak <= 15 * TILE_ROWS * inner
+@pytest.mark.parametrize("features", [("norms", "mlp", "mlp_tiling"), ("norms", "lora")])
+def test_tiles_bound_the_mlp(features: tuple[str, ...]) -> None:
+    sizes = model_sizes.of_config(config(intermediate_size=16_384), rank=4)
+
+    def peak(tokens: int, *, recomputed: bool = True) -> int:
+        return layer_bytes(sizes, tokens, features, recomputed=recomputed).peak
+
+    short, tile, long = (peak(n) for n in (TILE_ROWS // 2, TILE_ROWS, 16 * TILE_ROWS))
+    assert short < tile < long < peak(16 * TILE_ROWS, recomputed=False)
+    # Beyond a tile only what is as wide as the hidden size grows
+    assert (long - peak(8 * TILE_ROWS)) / (8 * TILE_ROWS) < sizes.itemsize * sizes.inner
 
 
 def test_longest_sequence_is_the_longest_that_fits() -> None:

@@ -20,7 +20,7 @@ from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.engine.serving import Trainee, must_share, take
 from trl_turbo.engine.shared import SharedEngine
 from trl_turbo.engine.start import Start, prepare
-from trl_turbo.report import note
+from trl_turbo.report import logger, note
 
 
 class TurboLLM(vllm.LLM):
@@ -51,6 +51,7 @@ class TurboLLM(vllm.LLM):
                 if fast is not None:
                     fast.llm = self
         except EngineDeclinedError as error:
+            logger.debug("the engine is declined", exc_info=True)
             self.declined = str(error)
         if self.declined:
             # Outside the handler: its traceback holds the engine that was given up, and that one's memory

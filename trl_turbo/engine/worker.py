@@ -5,6 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
+from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from trl_turbo.engine.burst import Executes
@@ -39,6 +42,18 @@ class SharedWorker(Executes, Worker):
                 note("rollout", f"every token is prepared anew, which is slower: {reason}")
         return self._lean
 
+    def init_device(self) -> None:
+        """As vLLM's; graphs go into a pool of this engine's own.
+
+        vLLM keeps one for the process. Where tensors of an engine that is gone still lie in it, such as those that a
+        notebook's output shows, torch refuses to capture into it again (seen with torch 2.11: the assertion
+        `use_count > 0` of its allocator), and the process can capture no graph any more.
+        """
+        platform: Any = type(current_platform)
+        if hasattr(platform, "_global_graph_pool"):
+            platform._global_graph_pool = None
+        super().init_device()
+
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's; keeps what it measures while it captures CUDA graphs."""
         capture = self.model_runner.capture_model
@@ -52,6 +67,23 @@ class SharedWorker(Executes, Worker):
             return super().compile_or_warm_up_model()
         finally:
             del self.model_runner.capture_model
+
+    def sleep(self, level: int = 1) -> None:  # noqa: ARG002 (whatever the level, the cache alone is given up)
+        """Give the KV cache's memory back to the driver.
+
+        vLLM's own way also collects all garbage and empties torch's cache, which the training step then fills anew:
+        both would be waited for after each rollout.
+        """
+        torch.cuda.synchronize()
+        for data in CuMemAllocator.get_instance().pointer_to_data.values():
+            if not data.is_asleep:
+                unmap_and_release(data.handle)
+                data.is_asleep = True
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """As vLLM's; what the training step left in torch's cache makes room for the KV cache first."""
+        torch.cuda.empty_cache()
+        super().wake_up(tags)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[object]:
         if tag == "weights":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-OPS: tuple[str, ...] = ("linear_logprob",)
+OPS: tuple[str, ...] = ("linear_logprob", "attention")
 
 _overrides: dict[tuple[str, str, str], Callable[..., Any]] = {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from trl_turbo.kernels.lora import mlp as lora_tiles
 from trl_turbo.memory_plan.sizes import Linear, Sizes
 
 FP32 = 4
@@ -30,7 +31,9 @@ class Layer:
     peak: int
 
 
-def layer_bytes(sizes: Sizes, tokens: int, features: Collection[str], *, repeated_kv: bool = False) -> Layer:
+def layer_bytes(
+    sizes: Sizes, tokens: int, features: Collection[str], *, repeated_kv: bool = False, recomputed: bool = False
+) -> Layer:
     """What one layer takes.
 
     Args:
@@ -38,6 +41,7 @@ def layer_bytes(sizes: Sizes, tokens: int, features: Collection[str], *, repeate
         tokens: Of the micro-batch.
         features: Features of `patch()` that are on.
         repeated_kv: Whether keys and values are repeated for each query head, as sdpa needs them under a mask.
+        recomputed: Whether it is made again for backward, by gradient checkpointing.
     """
     c = sizes.itemsize
     stream = 2 * c * sizes.hidden  # the gradient that comes in, and the one that goes out
@@ -45,19 +49,20 @@ def layer_bytes(sizes: Sizes, tokens: int, features: Collection[str], *, repeate
     # The layer's own input, made again from nothing: our first norm keeps it, transformers' keeps a copy in float32
     given = 0 if "norms" in features else c * sizes.hidden
     inner_kept, inner_work = _inner(sizes, features)
-    rows = min(tokens, TILE_ROWS) if _tiled(sizes, tokens, features) else tokens
-    inner_kept_rows = tokens if rows == tokens else 0
+    rows = tokens
+    if recomputed and sizes.inner and "lora" in features and sizes.has_adapters:
+        # Our MLP keeps its input alone then, and three tiles at a time are in use
+        rows = min(tokens, max(lora_tiles.LEAST_ROWS, lora_tiles.TILE_BYTES // (c * sizes.inner)))
+        inner_kept, inner_work = 0, 3 * c * sizes.inner
+    elif recomputed and sizes.inner and "mlp_tiling" in features and tokens > TILE_ROWS:
+        rows = TILE_ROWS
     mlp = tokens * (given + around + stream) + rows * (inner_kept + inner_work)
     attention = tokens * (given + around + stream + _attention_work(sizes, features, repeated_kv))
     dense = c * sizes.largest_linear if sizes.packed else 0
     return Layer(
-        kept=tokens * around + inner_kept_rows * inner_kept,
+        kept=tokens * around + (tokens * inner_kept if rows == tokens else 0),
         peak=max(mlp, attention) + dense,
     )
-
-
-def _tiled(sizes: Sizes, tokens: int, features: Collection[str]) -> bool:
-    return "mlp_tiling" in features and sizes.inner > 0 and tokens > TILE_ROWS
 
 
 def _around(sizes: Sizes, features: Collection[str]) -> int:
@@ -71,6 +76,8 @@ def _around(sizes: Sizes, features: Collection[str]) -> int:
         if full:
             total += c * sum(sizes.norms)  # normed, for the gradient of the weight
     for group in sizes.groups:
+        if sizes.experts and group[-1].outputs == sizes.hidden and group[-1].inputs != sizes.heads:
+            continue  # an expert, see the notes
         *firsts, last = group
         if firsts:
             total += _inputs(tuple(firsts), sizes, features)

@@ -297,7 +297,13 @@ def _sampling(sizes: Sizes, settings: Settings) -> dict[str, int]:
 
 def _activations(sizes: Sizes, settings: Settings) -> tuple[dict[str, int], int]:
     """What all layers keep between forward and backward, by part, and what the backward of one takes on top."""
-    layer = layer_bytes(sizes, settings.tokens, settings.features, repeated_kv=settings.masked)
+    layer = layer_bytes(
+        sizes,
+        settings.tokens,
+        settings.features,
+        repeated_kv=settings.masked,
+        recomputed=settings.gradient_checkpointing,
+    )
     one_input = settings.tokens * sizes.hidden * sizes.itemsize
     if not settings.gradient_checkpointing:
         return {"activations": (sizes.layers - 1) * layer.kept}, layer.peak

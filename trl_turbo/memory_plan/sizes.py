@@ -45,7 +45,8 @@ class Sizes:
         norms: What each norm of a layer takes, in elements a token.
         groups: The linears of a layer by the module that they are in: the last one of each takes what that module made,
             the others the module's input.
-        inner: Width of one half of the gated MLP; 0 where the layer has none.
+        inner: Width of one half of the gated MLP; 0 where the layer has none, or several.
+        experts: Whether it has several.
         weight_bytes: The base model, scales of 4-bit weights included.
         head_bytes: The output head's own part of that; 0 where it is the embedding.
         trainable: Numbers that the optimizer updates.
@@ -65,6 +66,7 @@ class Sizes:
     norms: tuple[int, ...]
     groups: tuple[tuple[Linear, ...], ...]
     inner: int
+    experts: bool
     weight_bytes: int
     head_bytes: int
     trainable: int
@@ -156,6 +158,7 @@ def of_model(model: Any) -> Sizes:
     weights = [p for p in model.parameters() if id(p) not in own]
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = list(_groups(layer))
+    mlps = [found for name, found in groups if _is_mlp(name, found, text.hidden_size)]
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     tied = head is None or getattr(head, "weight", None) is getattr(embedding, "weight", None)
     return Sizes(
@@ -168,7 +171,8 @@ def of_model(model: Any) -> Sizes:
         queries=text.num_attention_heads,
         norms=tuple(_norms(layer, head_dim, (heads, kv))),
         groups=tuple(group for _, group in groups),
-        inner=max((found[-1].inputs for name, found in groups if _is_mlp(name, found, text.hidden_size)), default=0),
+        inner=mlps[0][-1].inputs if len(mlps) == 1 else 0,  # several are experts, which not every token passes
+        experts=len(mlps) > 1,
         weight_bytes=sum(_nbytes(p) for p in weights),
         head_bytes=0 if tied or head is None else sum(_nbytes(p) for p in head.parameters()),
         trainable=sum(p.numel() for p in trained),

@@ -49,7 +49,11 @@ def plan(trainer: Any) -> MemoryPlan:
     settings = _settings(trainer, kind, sizes, engine)
     gpu_bytes, context = _device(next(policy.parameters()).device, engine)
     return make(
-        sizes, settings, gpu_bytes=gpu_bytes, context_bytes=context, known=dict(_known(trainer, policy, engine))
+        sizes,
+        settings,
+        gpu_bytes=gpu_bytes,
+        context_bytes=context,
+        known=dict(_known(trainer, policy, sizes.weight_bytes, engine)),
     )
 
 
@@ -106,7 +110,7 @@ def _engine(trainer: Any) -> Any:
     return getattr(getattr(trainer, "vllm_generation", trainer), "llm", None)
 
 
-def _known(trainer: Any, policy: Any, engine: Any) -> Iterator[tuple[str, int]]:
+def _known(trainer: Any, policy: Any, weights: int, engine: Any) -> Iterator[tuple[str, int]]:
     """Parts that are there already, in bytes."""
     own = {p.data_ptr() for p in policy.parameters()}
     models = _modules(trainer)
@@ -116,12 +120,17 @@ def _known(trainer: Any, policy: Any, engine: Any) -> Iterator[tuple[str, int]]:
     state = [t for held in getattr(optimizer, "state", {}).values() for t in held.values() if torch.is_tensor(t)]
     if state:
         yield "optimizer", sum(t.nbytes for t in state)
-    if getattr(engine, "shared", None) is not None:
-        found = engine.memory_report()
+    if engine is None:
+        return
+    if getattr(engine, "shared", None) is None:  # TRL's own, or ours that declined
+        yield "engine's weights", weights
+        return
+    found = engine.memory_report()
+    if not found.kv_released:
         yield "KV cache", found.kv_bytes
-        yield "CUDA graphs", found.graph_bytes
-        yield "engine's weights", found.copied_bytes + found.padding_bytes
-        yield "engine's adapter", found.lora_bytes
+    yield "CUDA graphs", found.graph_bytes
+    yield "engine's weights", found.copied_bytes + found.padding_bytes
+    yield "engine's adapter", found.lora_bytes
 
 
 def _modules(trainer: Any) -> Iterator[nn.Module]:

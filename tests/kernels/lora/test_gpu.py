@@ -136,7 +136,7 @@ def test_what_stays_allocated(kind):
 def four_bit(outputs, inputs, seed=0):
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(seed)
-    linear = bnb.nn.Linear4bit(inputs, outputs, False, torch.bfloat16, True, "nf4")
+    linear = bnb.nn.Linear4bit(inputs, outputs, False, torch.bfloat16, True, "nf4").to(torch.bfloat16)
     linear.load_state_dict(nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16).state_dict())
     return linear.to("cuda").requires_grad_(False)
 

@@ -23,7 +23,7 @@ def _sigmoid(t):
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     """The activation of x and its derivative, which costs nothing where it is not used."""
     if ACTIVATION == "silu":
         s, slope = _sigmoid(x)
@@ -68,7 +68,7 @@ def forward_kernel(
     row, column, inside = _place(n_columns, BLOCK)
     gate = tl.load(gate_ptr + row_offset(row, g_inner, g_outer, g_stride) + column, mask=inside, other=0.0)
     up = tl.load(up_ptr + row_offset(row, u_inner, u_outer, u_stride) + column, mask=inside, other=0.0)
-    act, _ = _activate(gate.to(tl.float32), ACTIVATION)
+    act, _ = activate(gate.to(tl.float32), ACTIVATION)
     h = (act * up.to(tl.float32)).to(gate.dtype)
     tl.store(h_ptr + row_offset(row, h_inner, h_outer, h_stride) + column, h, mask=inside)
 
@@ -111,7 +111,7 @@ def backward_kernel(
     )
     gate = tl.load(gate_ptr + row_offset(row, g_inner, g_outer, g_stride) + column, mask=inside, other=0.0)
     up = tl.load(up_ptr + row_offset(row, u_inner, u_outer, u_stride) + column, mask=inside, other=0.0).to(tl.float32)
-    act, slope = _activate(gate.to(tl.float32), ACTIVATION)
+    act, slope = activate(gate.to(tl.float32), ACTIVATION)
     if WITH_H:
         tl.store(h_ptr + row_offset(row, h_inner, h_outer, h_stride) + column, (act * up).to(gate.dtype), mask=inside)
     grad_gate, grad_up = (grad * up * slope).to(gate.dtype), (grad * act).to(gate.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
@@ -29,6 +29,13 @@ class Dense:
     weight: torch.Tensor
     bias: torch.Tensor | None
     dtype: torch.dtype
+    by_rows: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `Base`."""
+        outputs, inputs = self.weight.shape
+        return outputs, inputs
 
     def product(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:  # noqa: ARG002
         """See `Base`."""
@@ -61,6 +68,13 @@ class FourBit:
     bias: torch.Tensor | None
     dtype: torch.dtype
     result: torch.dtype
+    by_rows: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `Base`."""
+        outputs, inputs = self.state.shape
+        return outputs, inputs
 
     def product(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:
         """See `Base`."""
@@ -110,6 +124,14 @@ class EightBit:
     forward: Callable[[torch.Tensor], torch.Tensor]
     state: Any
     dtype: torch.dtype
+    #: Which columns are outliers is settled over all rows.
+    by_rows: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `Base`; only the layer knows before its first forward."""
+        outputs, inputs = self.forward.__self__.weight.shape  # type: ignore[attr-defined]
+        return outputs, inputs
 
     def product(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:  # noqa: ARG002
         """See `Base`."""

@@ -16,6 +16,8 @@ from .spec import Adapter, Projections, adapters_of
 #: For each adapter the generator's state before its dropout, `None` where nothing was dropped
 States = tuple[torch.Tensor | None, ...]
 Grads = Sequence[torch.Tensor | None]
+# torch.mm(..., out_dtype=): from torch 2.8 on, on CUDA
+_GIVES_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def forward(
@@ -28,17 +30,28 @@ def forward(
         projections: Linears of this input.
         training: Whether a backward pass follows.
     """
-    compute = projections[0].compute
-    low, states = _low(x, adapters_of(projections), compute)
-    outputs, columns = [], _columns(projections)
-    for projection in projections:
-        y = projection.base.product(x, training=training)
+    low, states = narrow(x, projections)
+    outputs = [projection.base.product(x, training=training) for projection in projections]
+    return add_adapters(outputs, low, projections), low, states
+
+
+def add_adapters(outputs: list[torch.Tensor], low: torch.Tensor, projections: Projections) -> list[torch.Tensor]:
+    """The adapters' part on top of what the frozen linears gave, written over them where dtypes allow.
+
+    Args:
+        outputs: [N, out] of each projection's base.
+        low: [N, R], from `narrow`.
+        projections: Linears of one input.
+    """
+    found, columns = [], _columns(projections)
+    for y, projection in zip(outputs, projections, strict=True):
+        compute = projection.compute
         added: torch.Tensor | None = y if y.dtype == compute == projection.result else None
         for adapter in projection.adapters:
             a, b = low[:, next(columns)], adapter.lora_B.to(compute).t()
             added = _scaled(a, b, adapter.scaling) if added is None else added.addmm_(a, b, alpha=adapter.scaling)
-        outputs.append(y.to(projection.result) if added is None else _sum(y, added, projection.result))
-    return outputs, low, states
+        found.append(y.to(projection.result) if added is None else _sum(y, added, projection.result))
+    return found
 
 
 def input_gradient(
@@ -57,20 +70,21 @@ def input_gradient(
     high = _high(projections, grads, compute)
     if not wanted:
         return None, high
-    found: torch.Tensor | None = None
-    for projection, grad in zip(projections, grads, strict=True):
-        if grad is None:
-            continue
-        if found is None or found.dtype == projection.base.dtype:
-            found = projection.base.add_gradient(grad, found)
+    dropped = any(state is not None for state in states)
+    summands = [(grad, p.base) for grad, p in zip(grads, projections, strict=True) if grad is not None]
+    # Each sum is rounded: what is small comes first, the adapters' part and then narrow linears
+    summands.sort(key=lambda summand: summand[0].shape[1])
+    first = not dropped and compute == dtype and all(base.dtype == compute for _, base in summands)
+    found = high @ _stacked(adapters, compute) if adapters and first else None
+    for grad, base in summands:
+        if found is None or found.dtype == base.dtype:
+            found = base.add_gradient(grad, found)
         else:
-            found = found + projection.base.add_gradient(grad, None)
+            found = found + base.add_gradient(grad, None)
     assert found is not None
-    if not any(state is not None for state in states):
-        if adapters and found.dtype == compute == dtype:
-            return found.addmm_(high, _stacked(adapters, compute)), high
+    if not dropped:
         found = found.to(dtype)
-        return (found.add_(high @ _stacked(adapters, compute)) if adapters else found), high
+        return (found.add_(high @ _stacked(adapters, compute)) if adapters and not first else found), high
     found = found.to(dtype)
     for adapter, state, columns in zip(adapters, states, _columns(projections), strict=True):
         added = high[:, columns] @ adapter.lora_A.to(compute)
@@ -91,6 +105,8 @@ def adapter_gradients(
 ) -> list[torch.Tensor | None]:
     """Gradients of lora_A [r, in] and lora_B [out, r] of each adapter, in turn; `None` where not wanted.
 
+    In float32 where the device can give what it sums in, for their sum over tiles; else in the dtype of the products.
+
     Args:
         x: [N, in], contiguous; `None` where no lora_A has a gradient.
         projections: As in forward.
@@ -106,24 +122,31 @@ def adapter_gradients(
     together = None
     plain = x is not None and not any(state is not None for state in states)
     if x is not None and plain and any(wanted[::2]):
-        together = high.t() @ x.to(compute)  # [R, in]
+        together = _summed(high.t(), x.to(compute))  # [R, in]
     for i, (adapter, state, columns) in enumerate(zip(adapters, states, _columns(projections), strict=True)):
         grad, (of_a, of_b) = of_output[i], wanted[2 * i : 2 * i + 2]
         if not of_a or grad is None or x is None:
             found.append(None)
         elif together is not None:
-            found.append(together[columns].to(adapter.lora_A.dtype))
+            found.append(together[columns])
         else:
-            found.append((high[:, columns].t() @ _dropped(x, adapter, state, compute)).to(adapter.lora_A.dtype))
+            found.append(_summed(high[:, columns].t(), _dropped(x, adapter, state, compute)))
         if not of_b or grad is None:
             found.append(None)
         else:
-            product = _scaled(grad.to(compute).t(), low[:, columns], adapter.scaling)
-            found.append(product.to(adapter.lora_B.dtype))
+            found.append(_summed(grad.to(compute).t(), low[:, columns], adapter.scaling))
     return found
 
 
-def _low(x: torch.Tensor, adapters: list[Adapter], compute: torch.dtype) -> tuple[torch.Tensor, States]:
+def in_dtypes(gradients: Sequence[torch.Tensor | None], projections: Projections) -> list[torch.Tensor | None]:
+    """What `adapter_gradients` gave, or a sum of it, in the dtypes of the adapters."""
+    tensors = [tensor for adapter in adapters_of(projections) for tensor in adapter[:2]]
+    return [None if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
+
+
+def narrow(x: torch.Tensor, projections: Projections) -> tuple[torch.Tensor, States]:
+    """`low` [N, R] of x [N, in], and the states of dropout."""
+    adapters, compute = adapters_of(projections), projections[0].compute
     if not any(adapter.dropout for adapter in adapters):
         if not adapters:
             return x.new_empty((x.shape[0], 0), dtype=compute), ()
@@ -174,6 +197,14 @@ def _scaled(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor 
     # With beta=0 what it would be added to is not read
     unread = a.new_empty((1, 1))
     return torch.addmm(unread, a, b, beta=0, alpha=scaling, out=out)
+
+
+def _summed(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
+    """scaling * a @ b over many rows: not rounded to 16 bits where the device gives back what it sums in."""
+    if a.is_cuda and a.dtype.itemsize == 2 and _GIVES_FLOAT32:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+        return product if scaling == 1.0 else product.mul_(scaling)
+    return _scaled(a, b, scaling)
 
 
 def _sum(y: torch.Tensor, added: torch.Tensor, result: torch.dtype) -> torch.Tensor:

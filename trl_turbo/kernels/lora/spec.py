@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -29,6 +30,16 @@ class Base(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """In which it multiplies."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        ...
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether what it makes of a row does not depend on the others."""
         ...
 
     def product(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:
@@ -99,3 +110,27 @@ def check(x: torch.Tensor, projections: Projections) -> None:
         if inputs != x.shape[-1] or adapter.lora_B.shape[1] != rank:
             shapes = f"{list(adapter.lora_A.shape)} and {list(adapter.lora_B.shape)}"
             raise ValueError(f"lora_A [r, in] and lora_B [out, r] are {shapes}, which does not fit x {list(x.shape)}.")
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x [..., D] as [N, D], contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y [N, out] in the leading shape of x [..., in]."""
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def plainly(device: torch.device) -> AbstractContextManager[object]:
+    """Without autocast: every dtype is said here, and it would change those that PEFT does not."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def check_unchanged(ctx: Any) -> None:
+    """Raise `RuntimeError` where a weight is not what it was when `ctx.versions` were taken."""
+    if versions(ctx.projections) != ctx.versions:
+        raise RuntimeError(
+            "A weight of a LoRA layer was changed in place between forward and backward; its gradients would be wrong. "
+            "Run backward before the optimizer's step."
+        )

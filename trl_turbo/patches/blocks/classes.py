@@ -118,7 +118,7 @@ def adopt_classes(
         reason = _taken(module) or unreachable(*module.parameters())
         if reason is None:
             ours = _adopted(kind, feature)
-            if ours is None and any(_is_of_lora(target) for target in _chain(kind)):
+            if ours is None and runs_our_lora(kind):
                 continue  # it was there first, and has all of the module in one function
             asked = ours or judges.setdefault(kind, verdicts(_raw_forward(kind)))
             form, reason = asked.answer(module, State.of(module, sample(module)))
@@ -205,6 +205,11 @@ def _adopted(kind: type, feature: str) -> Any:
         if isinstance(found, Verdicts) and found.feature == feature:
             return found
     return None
+
+
+def runs_our_lora(kind: type) -> bool:
+    """Whether a class's forward is, or calls, the one that our LoRA feature gave it."""
+    return any(_is_of_lora(target) for target in _chain(kind))
 
 
 def _is_of_lora(target: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from trl_turbo.compat.signatures import misfit
 from trl_turbo.patches.checkpointing.models import without_device
 from trl_turbo.patching import Replacement
+from trl_turbo.report import note
 
 
 def probe(module: ModuleType) -> str | None:
@@ -40,13 +41,20 @@ def _enabled_first(original: Callable[..., Any]) -> Callable[..., Any]:
             if not hasattr(both, "gradient_checkpointing_enable"):  # 0.29.1, where generation looks for them alike
                 both.gradient_checkpointing_enable = functools.partial(_enable, both)
                 both.gradient_checkpointing_disable = functools.partial(_disable, both)
-            if not both.is_gradient_checkpointing:
+            if _can(both.policy) and not both.is_gradient_checkpointing:
                 both.gradient_checkpointing_enable(**settings)
-            if not both.value_model.is_gradient_checkpointing:
+            if _can(both.value_model) and not both.value_model.is_gradient_checkpointing:
                 both.value_model.gradient_checkpointing_enable(**settings)
         return original(self, *args, **kwargs)
 
     return train
+
+
+def _can(model: Any) -> bool:
+    if getattr(model, "supports_gradient_checkpointing", False):
+        return True
+    note("checkpointing", f"{type(model).__name__} does not support gradient checkpointing and trains without it")
+    return False
 
 
 def _enable(both: Any, **kwargs: Any) -> None:

@@ -1,7 +1,8 @@
 """Which MLPs run a tile of rows at a time: gated ones, of any model, over whatever their forward is by then.
 
 What a gated MLP keeps inside, [T, I] a few times over, is what a checkpointed layer takes most of when it is made
-again. In a pass without gradients it is what there is.
+again. In a pass without gradients it is what there is. An MLP that our LoRA function computes goes over tiles of its
+own, except under reentrant checkpointing.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl_turbo.kernels.lora.mlp import recomputes
 from trl_turbo.memory_plan.layer import TILE_ROWS
-from trl_turbo.patches.blocks.classes import only_argument, runs_plainly, unreachable
+from trl_turbo.patches.blocks.classes import only_argument, runs_our_lora, runs_plainly, unreachable
 from trl_turbo.patches.blocks.mlp import gated_mlps
 from trl_turbo.patches.checkpointing import inside
 from trl_turbo.patches.checkpointing.tiles import tiled
 from trl_turbo.patches.logprob.models import probe as probe
+from trl_turbo.patches.lora.mlp import linears_of
 from trl_turbo.patching import Replacement, extend
 from trl_turbo.report import note
 
@@ -51,8 +54,11 @@ def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         x = only_argument(args, kwargs)
         if not runs_plainly(x) or x.dim() < 2 or x.numel() // max(1, x.shape[-1]) <= TILE_ROWS:
             return original(self, *args, **kwargs)
-        if torch.is_grad_enabled() and not inside.checkpointed():
+        graded = torch.is_grad_enabled()
+        if graded and not inside.checkpointed():
             return original(self, *args, **kwargs)  # it would be made again for this alone
+        if linears_of(self) and runs_our_lora(type(self)) and (recomputes() or not graded):
+            return original(self, *args, **kwargs)
         reason = _whole(self)
         if reason is not None:
             note("mlp_tiling", f"{type(self).__name__} {reason}: it runs whole")

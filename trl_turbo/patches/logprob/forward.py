@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +26,9 @@ from trl_turbo.patches.logprob.output import FusedCausalLMOutput
 from trl_turbo.patches.logprob.pending import PendingLogits, UnsupportedLogitsOp
 from trl_turbo.patches.logprob.request import IGNORED, Request, active_request, entropy_has_gradient, next_token
 from trl_turbo.report import note
+
+if TYPE_CHECKING:
+    from trl_turbo.patches.attention.passes import Arranged
 
 # Models for which `fused_lm_head=True` means a certain request (TRL >= 1.15 with an adapter on the head)
 _CONFIGURED: WeakKeyDictionary[nn.Module, Request] = WeakKeyDictionary()
@@ -41,6 +44,17 @@ def configure(model: nn.Module, request: Request) -> None:
 def _configured(model: nn.Module) -> Request | None:
     request = _CONFIGURED.get(model)
     return None if request is None else replace(request, entropy_grad=entropy_has_gradient())
+
+
+def arrange(
+    model: nn.Module,  # noqa: ARG001
+    original: Callable[..., Any],  # noqa: ARG001
+    args: tuple[Any, ...],  # noqa: ARG001
+    kwargs: dict[str, Any],  # noqa: ARG001
+    targets: torch.Tensor,  # noqa: ARG001
+) -> Arranged | None:
+    """How a pass runs on other rows than the padded ones: not at all, until packing or attention takes this place."""
+    return None
 
 
 def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,8 +105,16 @@ def _score(
     kwargs["use_cache"] = False
     kwargs.pop("output_hidden_states", None)  # a scoring pass reads none, and they would be kept until backward
 
-    with _standing_in_for(module, model.config) as seen:
+    from_labels = labels is not None or shift_labels is not None
+    targets = _targets(request, args, kwargs, labels, shift_labels)
+    arranged = None if shift_labels is not None else arrange(model, original, args, kwargs, targets)
+    if arranged is not None:
+        args, kwargs = (), arranged.kwargs
+    asked = targets if arranged is None else arranged.targets
+    with standing_in_for(module, model.config) as seen:
         outputs = original(model, *args, return_dict=True, **kwargs)
+    if arranged is not None:
+        arranged.ran()
     pending = getattr(outputs, "logits", None)
     if not isinstance(pending, PendingLogits) or seen.calls != 1:
         raise UnsupportedLogitsOp(
@@ -100,21 +122,15 @@ def _score(
         )
 
     hidden = pending.hidden  # [B, L, H]
-    from_labels = labels is not None or shift_labels is not None
-    if shift_labels is not None:
-        targets = shift_labels
-    elif labels is not None:
-        targets = next_token(labels)
-    else:
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if input_ids is None or request.targets is None:
-            raise UnsupportedLogitsOp("the model was called without input_ids, as prompt-learning adapters do")
-        targets = request.targets(input_ids, kwargs.get("attention_mask"))
-    if targets.size(1) < hidden.size(1):  # prompt-learning adapters put virtual tokens in front
-        targets = nn.functional.pad(targets, (hidden.size(1) - targets.size(1), 0), value=IGNORED)
+    if asked.size(1) < hidden.size(1):  # prompt-learning adapters put virtual tokens in front
+        asked = nn.functional.pad(asked, (hidden.size(1) - asked.size(1), 0), value=IGNORED)
 
     with seen.autocast():
-        stats = _statistics(describe_head(module), module, pending, targets.to(hidden.device), request)
+        stats = _statistics(describe_head(module), module, pending, asked.to(hidden.device), request)
+    if arranged is not None and arranged.rows is not None:
+        targets = targets.to(hidden.device)
+        stats = {name: arranged.rows.spread(value) for name, value in stats.items()}
+        stats |= {"targets": targets, "label_mask": targets != IGNORED}
     request.answered.append(type(model).__name__)
     if from_labels and shift_labels is None:
         stats = {name: value[:, :-1] for name, value in stats.items()}
@@ -124,6 +140,24 @@ def _score(
     return FusedCausalLMOutput(
         aux_loss=getattr(outputs, "aux_loss", None), vocab=torch.tensor([pending.vocab]), **stats
     )
+
+
+def _targets(
+    request: Request,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+) -> torch.Tensor:
+    """The token that each position [B, L] is asked about."""
+    if shift_labels is not None:
+        return shift_labels
+    if labels is not None:
+        return next_token(labels)
+    input_ids = kwargs.get("input_ids", args[0] if args else None)
+    if input_ids is None or request.targets is None:
+        raise UnsupportedLogitsOp("the model was called without input_ids, as prompt-learning adapters do")
+    return request.targets(input_ids, kwargs.get("attention_mask"))
 
 
 def _statistics(
@@ -181,7 +215,8 @@ class _Seen:
 
 
 @contextmanager
-def _standing_in_for(module: nn.Module, config: Any) -> Iterator[_Seen]:
+def standing_in_for(module: nn.Module, config: Any) -> Iterator[_Seen]:
+    """Within this scope an output head returns `PendingLogits` of the hidden states that it is called with."""
     seen = _Seen()
     vocab = getattr(module, "out_features", None) or config.get_text_config().vocab_size
 

@@ -57,7 +57,7 @@ def _leads_to(function: Any, hook: Any) -> bool:
     for _ in range(16):  # a chain is a few wrappers long
         if function is hook or vars(function).get("scores", False):
             return True
-        if _takes_fused_lm_head(function):
+        if takes_fused_lm_head(function):
             return True  # TRL's own fused head (1.15 and later): its trainers ask that one, not the hook
         inner = getattr(function, "__func__", None) or getattr(function, "__wrapped__", None)
         if inner is None:
@@ -66,7 +66,8 @@ def _leads_to(function: Any, hook: Any) -> bool:
     return False
 
 
-def _takes_fused_lm_head(function: Any) -> bool:
+def takes_fused_lm_head(function: Any) -> bool:
+    """Whether a function is the forward that TRL's `add_fused_lm_head` (1.15 and later) sets on a model."""
     # Read off the code: TRL's forward carries the name and signature of the model's
     code = getattr(function, "__code__", None)
     return code is not None and "fused_lm_head" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]

@@ -1,0 +1,107 @@
+"""The commands around the runs: with a run's answer given, they print, write JSON and a picture, and judge."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import longest, plan, tables
+
+ANSWER: dict[str, Any] = {
+    "peak_gb": 6.0,
+    "loaded_gb": 4.0,
+    "torch_gb": 5.0,
+    "step_s": 1.5,
+    "rollout_s": 1.0,
+    "train_s": 0.5,
+    "tokens_s": 4000.0,
+    "sync_ms": 0.0,
+    "logp_gap_largest": 0.01,
+    "in_use_at_first_gb": 0.5,
+    "plan": {"totals": {"rollout": 5 << 30, "scoring": 5 << 30, "backward": 6 << 30}, "moments": {}},
+    "phases": {phase: {"predicted": 6 << 30, "measured": 6 << 30} for phase in ("rollout", "training")},
+    "memory": None,
+}
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Call a command with what its runs answer; returns its exit status and what it wrote."""
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="0\n"))  # no model, no nvidia-smi
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+
+    def call(name: str, answer: Any, *arguments: str, out: str = "out") -> tuple[int, dict[str, Any]]:
+        command = importlib.import_module(f"benchmarks.{name}")
+        monkeypatch.setattr(command, "run", answer)
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--out", str(tmp_path / out)])
+        status = command.main()
+        path = tmp_path / f"{out}.json"
+        assert path.with_suffix(".png").stat().st_size > 0
+        return status, json.loads(path.read_text())
+
+    return call
+
+
+def test_grpo(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def answer(arguments: list[str], *_: Any) -> dict[str, Any]:
+        given.append(arguments)
+        return ANSWER
+
+    status, data = call("grpo", answer, "--completion", "4096", "--sleep", "--only", "trl", "trl_turbo", out="grpo_x")
+    assert status == 0
+    assert set(data["results"]) == {"trl", "trl_turbo"}
+    assert all("--sleep" in arguments for arguments in given)
+    (line,) = (arguments[-1] for arguments in given if "--before" in arguments)
+    assert "checkpointing=True" in line
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name in ("vllm", "peft", "transformers", "trl"):
+        assert name in data["environment"]
+    data["environment"] |= {"driver": "x"}
+    (tmp_path / "grpo_x.json").write_text(json.dumps(data))
+    assert "trl_turbo takes 1.00x the memory" in tables.grpo()
+
+
+def test_trainers(call: Any) -> None:
+    status, data = call("trainers", lambda *_: ANSWER, "--trainer", "ppo", "--path", "trl1.12=/x", "--turbo-path", "/x")
+    assert status == 0
+    assert set(data["results"]) == {"trl1.12", "trl_turbo over the other TRL"}
+    status, data = call("trainers", lambda *_: {"error": "no"} if _[0][-1] != "x" else ANSWER, "--trainer", "dpo")
+    assert status == 1
+
+
+def test_plan(call: Any) -> None:
+    wanted = plan.predicted("qwen2.5-1.5b", ["--completion", "512"], plan.FEATURES)
+
+    def answer(near: float) -> Any:
+        measured = {phase: {"measured": int(size * near)} for phase, size in wanted.items()}
+        peak = max(wanted.values()) * near / 2**30 - ANSWER["in_use_at_first_gb"]
+        return lambda *_: ANSWER | {"phases": measured, "peak_gb": peak}
+
+    status, data = call("plan", answer(1.0), "--only", "0")
+    assert status == 0
+    assert data["results"][0]["off_by"] == pytest.approx({"rollout": 0, "training": 0, "peak": 0}, abs=1e-6)
+    status, _ = call("plan", answer(1.2), "--only", "0")
+    assert status == 1
+
+
+def test_longest(call: Any) -> None:
+    def answer(arguments: list[str], *_: Any) -> dict[str, Any]:
+        n = int(arguments[arguments.index("--completion") + 1])
+        fits = n <= 47_300
+        return {"completion": n, "fits": fits, "peak_gb": n / 2000, "micro_batch_s": [1.0], "out_of_memory": "no"}
+
+    status, data = call("longest", answer, "--cap-gb", "24", "--bar", "36000", "--probes", "9")
+    assert status == 0
+    assert data["longest"] == 47_000
+    status, data = call("longest", answer, "--cap-gb", "24", "--bar", "60000", "--probes", "2")
+    assert (status, data["longest"]) == (1, 0)
+    assert longest.GRAIN == 1000

@@ -1,0 +1,117 @@
+"""Both halves of a gated MLP, gate and up, and the product over them, with the adapters wherever that costs least."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from trl_turbo.kernels.gated import gated_backward, gated_forward
+from trl_turbo.kernels.rows import takes
+
+from . import products
+from .products import States
+from .spec import Adapter, Projections
+
+
+class Halves(NamedTuple):
+    """What the two linears of one input gave.
+
+    Attributes:
+        gate: [N, I].
+        up: [N, I].
+        low: [N, R], both adapters' narrow side.
+        states: Of dropout.
+        apart: Whether gate and up are without their adapters, which the product then adds.
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    low: torch.Tensor
+    states: States
+    apart: bool
+
+
+def compute(x: torch.Tensor, projections: Projections, *, training: bool) -> Halves:
+    """Both halves of x [N, in].
+
+    Args:
+        x: [N, in], contiguous.
+        projections: Those of gate and up.
+        training: Whether a backward pass follows.
+    """
+    low, states = products.narrow(x, projections)
+    outputs = [projection.base.product(x, training=training) for projection in projections]
+    apart = _kernel(outputs, low, projections) is not None
+    if not apart:
+        outputs = products.add_adapters(outputs, low, projections)
+    return Halves(outputs[0], outputs[1], low, states, apart)
+
+
+def product(halves: Halves, projections: Projections, activation: str, *, over: bool) -> torch.Tensor:
+    """h [N, I] = activation(gate) * up.
+
+    Args:
+        halves: From `compute`.
+        projections: As there.
+        activation: As in `trl_turbo.kernels.gated`.
+        over: Whether gate may be written over; nobody may need it after.
+    """
+    gate, up, low, _, apart = halves
+    if not apart:
+        return gated_forward(gate, up, activation)
+    from . import gated_kernel
+
+    out = gate if over else torch.empty_like(gate)
+    return gated_kernel.forward(gate, up, low, _adapters(projections), activation, out)
+
+
+def backward(
+    grad_h: torch.Tensor, halves: Halves, projections: Projections, activation: str, *, over: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h again, and the gradients of gate and up, [N, I] each.
+
+    Args:
+        grad_h: [N, I], which may be written over.
+        halves: From `compute`.
+        projections: As there.
+        activation: As there.
+        over: Whether gate and up may be written over.
+    """
+    gate, up, low, _, apart = halves
+    if not apart:
+        h, of_gate, of_up = gated_backward(grad_h, gate, up, activation, in_place=over)
+        assert h is not None
+        return h, of_gate, of_up
+    from . import gated_kernel
+
+    grad_h = grad_h.contiguous()
+    outputs = grad_h, gate if over else torch.empty_like(gate), up if over else torch.empty_like(up)
+    gated_kernel.backward(grad_h, gate, up, low, _adapters(projections), activation, outputs)
+    return outputs
+
+
+def _adapters(projections: Projections) -> tuple[Adapter | None, Adapter | None]:
+    gate, up = (next(iter(projection.adapters), None) for projection in projections)
+    return gate, up
+
+
+def _kernel(outputs: list[torch.Tensor], low: torch.Tensor, projections: Projections) -> ModuleType | None:
+    """The kernel that adds the adapters while it multiplies, where it takes them."""
+    if not takes(*outputs, low):  # without an adapter there is nothing to add
+        return None
+    if any(len(projection.adapters) > 1 for projection in projections):
+        return None
+    dtypes = {low.dtype, *(y.dtype for y in outputs), *(projection.result for projection in projections)}
+    if len(dtypes) > 1 or not all(y.is_contiguous() for y in outputs):
+        return None
+    try:
+        from . import gated_kernel
+    except ImportError:  # torch builds without Triton (Windows)
+        return None
+    widest = max(adapter.rank for projection in projections for adapter in projection.adapters)
+    return gated_kernel if widest <= gated_kernel.WIDEST else None
+
+
+__all__ = ["Halves", "backward", "compute", "product"]
