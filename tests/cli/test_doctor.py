@@ -37,7 +37,10 @@ def test_says_what_is_patched_unused_and_to_install() -> None:
     assert found["devices"] == []
     rows = {row["name"]: row["status"] for row in found["rows"]}
     assert rows["logprob.grpo"] == rows["logprob.dpo"] == rows["dashboard.trainer"] == "applied"
-    assert any(line.startswith("lora: off by default until it is measured on a GPU") for line in found["unused"])
+    from trl_turbo._features import OPT_IN
+
+    for feature, reason in OPT_IN.items():
+        assert f"{feature}: {reason}" in found["unused"]
     assert any(line.startswith("no GPU is seen") for line in found["unused"])
     for module, extra in (("vllm", "vllm"), ("bitsandbytes", "quantization"), ("matplotlib", "plot")):
         asked = any(f"pip install 'trl-turbo[{extra}]'" in line for line in found["install"])

@@ -51,7 +51,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer()
     folder = tmp_path_factory.mktemp("report")
     tiny = save(folder / "tiny", make_model(tokenizer, hidden_size=64), tokenizer)
-    trl_turbo.patch(verbose=False)
+    trl_turbo.patch(verbose=False, rollout=False)
     grpo(tiny, folder, 6, beta=0.1, disable_tqdm=True).train()
     trl_turbo.unpatch()
     return folder / "trl_turbo" / "report.html"
