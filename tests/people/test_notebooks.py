@@ -52,7 +52,8 @@ def test_runs_to_its_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(shown) == 1
     assert "<svg" in shown[0]
     assert "grad_norm" in shown[0]
-    assert any("applied" in text for text in texts(notebook, "text/plain")), "status() shows its table"
+    printed = "".join(o["text"] for cell in notebook.cells for o in cell.get("outputs", ()) if "text" in o)
+    assert "applied  dashboard.trainer" in printed, "status() shows its table"
     folder = tmp_path / "outputs" / name
     steps = [json.loads(line) for line in (folder / "trl_turbo" / "metrics.jsonl").read_text().splitlines()]
     assert max(row.get("step", 0) for row in steps) == 10
