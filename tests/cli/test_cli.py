@@ -1,6 +1,7 @@
 """The `trl-turbo` command."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,10 +114,17 @@ def test_samples_of_a_folder(tmp_path: Path) -> None:
     assert "18" not in done.output
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_there_for_each_shell(shell: str) -> None:
-    done = runner.invoke(cli.app, ["--show-completion", shell])
-    if done.exit_code:  # typer looks at the shell that runs it, where it can
-        done = runner.invoke(cli.app, ["--show-completion"], env={"SHELL": f"/bin/{shell}"})
-    assert done.exit_code == 0
-    assert "_TRL_TURBO_COMPLETE" in done.output.upper() or "COMPLETE" in done.output
+COMPLETIONS = {
+    "bash": {"COMP_WORDS": "trl-turbo do", "COMP_CWORD": "1"},
+    "zsh": {"_TYPER_COMPLETE_ARGS": "trl-turbo do"},
+    "fish": {"_TYPER_COMPLETE_ARGS": "trl-turbo do", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+}
+
+
+@pytest.mark.parametrize("shell", COMPLETIONS)
+def test_the_shell_completes_commands(shell: str) -> None:
+    env = {**os.environ, **COMPLETIONS[shell], "_TRL_TURBO_COMPLETE": f"complete_{shell}"}
+    command = [sys.executable, "-m", "trl_turbo.cli"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert "doctor" in done.stdout, done.stderr
+    assert "report" not in done.stdout

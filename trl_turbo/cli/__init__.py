@@ -207,4 +207,4 @@ def samples(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    app(prog_name="trl-turbo")  # under `python -m` too
