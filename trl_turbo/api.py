@@ -75,7 +75,7 @@ def patch(
         packing: Scoring passes on one packed row: without padding, and with each prompt that several answers share
             once.
         dashboard: While a TRL trainer trains, a live table and small charts where its progress bars are, and in
-            ``<output_dir>/trl_turbo`` a JSON-lines log, the latest completions and at the end an HTML report.
+            ``<output_dir>/_trl_turbo`` a JSON-lines log, the latest completions and at the end an HTML report.
         guards: Warnings of what costs people hours, each with its remedy and each off by its own keyword:
         guard_chat_template: chats, and a tokenizer without a chat template;
         guard_constant_reward: a reward that does not change for many steps;

@@ -101,11 +101,11 @@ def test_samples_of_a_folder(tmp_path: Path) -> None:
     none = runner.invoke(cli.app, ["samples", str(tmp_path)])
     assert none.exit_code == 2
     assert f"there are no completions in {tmp_path}; name the output_dir of a GRPO or RLOO run" in none.stderr
-    (tmp_path / "trl_turbo").mkdir()
+    (tmp_path / "_trl_turbo").mkdir()
     chat = [{"role": "assistant", "content": "nineteen"}]
     write(
         Samples([Sample("12+7=", "18", {"right": 0.0}, -1.0), Sample("12+7=", chat, {"right": 1.0}, 1.0)], 5),
-        tmp_path / "trl_turbo",
+        tmp_path / "_trl_turbo",
     )
     done = runner.invoke(cli.app, ["samples", str(tmp_path), "-n", "1"])
     assert done.exit_code == 0

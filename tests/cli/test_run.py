@@ -226,9 +226,9 @@ def test_under_a_launcher(launcher: str, way: str, tmp_path: Path) -> None:
     for rank in range(processes):
         assert (tmp_path / "out" / f"rank-{rank}").read_text() == f"{processes} applied"
     # One log and one report, from rank 0
-    logs = (tmp_path / "out" / "trl_turbo" / "metrics.jsonl").read_text().splitlines()
+    logs = (tmp_path / "out" / "_trl_turbo" / "metrics.jsonl").read_text().splitlines()
     assert len(logs) == 4
-    assert (tmp_path / "out" / "trl_turbo" / "report.html").exists()
+    assert (tmp_path / "out" / "_trl_turbo" / "report.html").exists()
     said = [json.loads((tmp_path / "out" / f"said-{rank}").read_text()) for rank in range(processes)]
     assert sum("learning_rate=1e-06 is small for LoRA" in line for line in said[0]) == 1
     assert not any("\n" in line for line in said[0])

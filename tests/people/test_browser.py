@@ -54,7 +54,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trl_turbo.patch(verbose=False, rollout=False)
     grpo(tiny, folder, 6, beta=0.1, disable_tqdm=True).train()
     trl_turbo.unpatch()
-    return folder / "trl_turbo" / "report.html"
+    return folder / "_trl_turbo" / "report.html"
 
 
 def test_what_is_written_in_it(report: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def made(name: str, tiny: Path, out: Path, *args: Any, **options: Any) -> Any:
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "trl_turbo" / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "_trl_turbo" / "metrics.jsonl").read_text().splitlines()]
 
 
 def numbers(trainer: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
@@ -55,7 +55,7 @@ def test_numbers_are_the_same_to_the_bit_with_and_without(name: str, tiny: Path,
         set_seed(7)  # PPO draws its first batch from wherever the process is
         trainer.train()
         found.append(numbers(trainer))
-        assert (tmp_path / str(on) / "trl_turbo").exists() == on
+        assert (tmp_path / str(on) / "_trl_turbo").exists() == on
         assert [type(c).__module__ for c in trainer.callback_handler.callbacks if "turbo" in type(c).__module__] == []
     (logs, weights), (watched_logs, watched_weights) = found
     assert len(logs) > 2
@@ -88,7 +88,7 @@ def test_writes_what_the_trainer_logs_and_a_report(name: str, tiny: Path, tmp_pa
         assert finite.items() <= row.items()
     record = Record({}, logged)
     assert set(SHOWN[name]) <= set(record.series()), "a chart of what TRL logs is missing"
-    page = (tmp_path / "trl_turbo" / "report.html").read_text()
+    page = (tmp_path / "_trl_turbo" / "report.html").read_text()
     for title in SHOWN[name]:
         assert f">{title}<" in page
     # The names of SVG's own vocabularies are no addresses of anything that is fetched
@@ -114,6 +114,29 @@ def test_each_reward_function_has_its_line_and_every_phase_its_memory(tiny: Path
     assert rates[1] == pytest.approx((tokens[1] - tokens[0]) / (times[1] - times[0]), rel=0.1)
 
 
+def test_a_push_to_the_hub_leaves_it_here(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    """Prompts and completions are in the folder; what the trainer uploads is asked of its own arguments."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+    from transformers import trainer as module
+
+    trl_turbo.patch(verbose=False)
+    trainer = grpo(tiny, tmp_path, 1, disable_tqdm=True)
+    trainer.train()
+    asked: dict[str, Any] = {}
+    # A function of the module in transformers 4, a method of the API in 5
+    owner = module if hasattr(module, "upload_folder") else HfApi
+    monkeypatch.setattr(owner, "upload_folder", lambda *api, **kwargs: asked.update(kwargs))
+    monkeypatch.setattr(trainer, "create_model_card", lambda **kwargs: None)
+    trainer.hub_model_id = "somebody/model"
+    trainer.push_to_hub()
+    files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert "_trl_turbo/samples.jsonl" in files
+    sent = list(filter_repo_objects(files, ignore_patterns=asked["ignore_patterns"]))
+    assert sent
+    assert not [path for path in sent if "trl_turbo" in path]
+
+
 def test_trls_own_loggers_are_left_as_they_are(tiny: Path, tmp_path: Path, capfd) -> None:
     """`log_completions`, a logger of the script's, and what the log is given to them with."""
     seen = []
@@ -135,7 +158,7 @@ def test_trls_own_loggers_are_left_as_they_are(tiny: Path, tmp_path: Path, capfd
     assert heard == watched
     assert printed == watched_printed
     assert any("Completion" in line for line in printed)
-    assert watched_files == sorted([*files, "trl_turbo"])
+    assert watched_files == sorted([*files, "_trl_turbo"])
 
 
 @pytest.mark.parametrize("off", ["keyword", "environment"])
@@ -145,7 +168,7 @@ def test_off_writes_and_shows_nothing(off: str, tiny: Path, tmp_path: Path, monk
     found = trl_turbo.patch(verbose=False, **({"dashboard": False} if off == "keyword" else {}))
     assert {row.status.value for row in found if row.feature == "dashboard"} == {"off"}
     grpo(tiny, tmp_path, 2).train()
-    assert not (tmp_path / "trl_turbo").exists()
+    assert not (tmp_path / "_trl_turbo").exists()
 
 
 def test_no_terminal_no_display(tiny: Path, tmp_path: Path, capfd) -> None:
@@ -162,7 +185,7 @@ def test_a_trainer_that_was_made_before_patch_is_shown_and_none_after_unpatch(ti
     assert len(rows(tmp_path / "one")) > 2
     trl_turbo.unpatch()
     grpo(tiny, tmp_path / "two", 2).train()
-    assert not (tmp_path / "two" / "trl_turbo").exists()
+    assert not (tmp_path / "two" / "_trl_turbo").exists()
 
 
 def test_trainers_of_transformers_are_left_alone(tiny: Path, tmp_path: Path) -> None:
@@ -172,7 +195,7 @@ def test_trainers_of_transformers_are_left_alone(tiny: Path, tmp_path: Path) -> 
     data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
     Trainer(AutoModelForCausalLM.from_pretrained(tiny), args, train_dataset=data).train()
-    assert not (tmp_path / "trl_turbo").exists()
+    assert not (tmp_path / "_trl_turbo").exists()
 
 
 def test_a_training_that_breaks_off_has_its_report_and_raises_its_own_error(tiny: Path, tmp_path: Path) -> None:
@@ -189,14 +212,14 @@ def test_a_training_that_breaks_off_has_its_report_and_raises_its_own_error(tiny
     with pytest.raises(ZeroDivisionError, match="mine"):
         trainer.train()
     assert len(rows(tmp_path)) == 3
-    assert ">Reward<" in (tmp_path / "trl_turbo" / "report.html").read_text()
+    assert ">Reward<" in (tmp_path / "_trl_turbo" / "report.html").read_text()
     assert not memory.running
 
 
 def test_what_cannot_be_written_is_a_note_and_the_training_goes_on(tiny: Path, tmp_path: Path, caplog) -> None:
     report = trl_turbo.patch(verbose=False)
     trainer = grpo(tiny, tmp_path, 2)
-    (tmp_path / "trl_turbo").write_text("a file where the folder would be")
+    (tmp_path / "_trl_turbo").write_text("a file where the folder would be")
     with caplog.at_level(logging.WARNING, "trl_turbo"):
         trainer.train()
     assert trainer.state.global_step == 2

@@ -36,7 +36,7 @@ def test_memory_by_phase_and_the_same_numbers(tiny: Path, tmp_path: Path) -> Non
     assert len(found[0]) == 4
     # To the bit on the CPU; here sums of some gradients depend on the order in which threads add
     assert found[0] == pytest.approx(found[1], rel=1e-3)
-    lines = (tmp_path / "True" / "trl_turbo" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "True" / "_trl_turbo" / "metrics.jsonl").read_text().splitlines()
     row = json.loads(lines[1])
     phases = {name: value for name, value in row.items() if name.startswith("memory/")}
     assert {"memory/sampling", "memory/scoring", "memory/loss", "memory/optimizer", "memory/training"} <= set(phases)

@@ -55,7 +55,7 @@ def test_runs_to_its_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     printed = "".join(o["text"] for cell in notebook.cells for o in cell.get("outputs", ()) if "text" in o)
     assert "applied  dashboard.trainer" in printed, "status() shows its table"
     folder = tmp_path / "outputs" / name
-    steps = [json.loads(line) for line in (folder / "trl_turbo" / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (folder / "_trl_turbo" / "metrics.jsonl").read_text().splitlines()]
     assert max(row.get("step", 0) for row in steps) == 10
     assert (folder / "merged" / "model.safetensors").exists()
     if name == "grpo":

@@ -19,7 +19,7 @@ from trl_turbo.dashboard.notebook import is_here as in_notebook
 from trl_turbo.dashboard.record import Record, plain
 from trl_turbo.dashboard.terminal import Terminal
 
-FOLDER, LOG, REPORT = "trl_turbo", "metrics.jsonl", "report.html"
+LOG, REPORT = "metrics.jsonl", "report.html"
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
@@ -41,7 +41,7 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Dashboard(TrainerCallback):
-    """Shows a training, and writes what it logs into `<output_dir>/trl_turbo`.
+    """Shows a training, and writes what it logs into `<output_dir>/_trl_turbo`.
 
     Args:
         trainer: A TRL trainer, on rank 0.
@@ -54,7 +54,7 @@ class Dashboard(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self.folder = Path(trainer.args.output_dir) / FOLDER
+        self.folder = Path(trainer.args.output_dir) / samples.FOLDER
         self.record = Record()
         self.stopped = False
         self.step = 0

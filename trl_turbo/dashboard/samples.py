@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+#: Within the trainer's `output_dir`. What begins with an underscore stays here when a trainer pushes that to the Hub:
+#: prompts and completions are not for everybody.
+FOLDER = "_trl_turbo"
 FILE = "samples.jsonl"
 
 
@@ -116,7 +119,7 @@ def read(folder: Path, n: int = 8) -> Samples:
     Raises:
         FileNotFoundError: There is none.
     """
-    path = next((path for path in (folder / "trl_turbo" / FILE, folder / FILE) if path.exists()), None)
+    path = next((path for path in (folder / FOLDER / FILE, folder / FILE) if path.exists()), None)
     if path is None:
         raise FileNotFoundError(
             f"there are no completions in {folder}; name the output_dir of a GRPO or RLOO run that has logged a step "
