@@ -3,7 +3,6 @@
 import argparse
 import json
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +21,9 @@ def parse(description: str) -> argparse.Namespace:
 
 
 def make_tiny() -> str:
-    from trl_turbo.demo.tiny import make_model, make_tokenizer, save  # importing this patches nothing
+    from trl_turbo.demo.tiny import tiny_folder  # importing this patches nothing
 
-    tokenizer = make_tokenizer()
-    folder = Path(tempfile.mkdtemp(prefix="tiny-qwen2-"))
-    return str(save(folder, make_model(tokenizer, hidden_size=64), tokenizer))
+    return tiny_folder()
 
 
 def common(steps: int) -> dict[str, Any]:

@@ -12,9 +12,13 @@ from trl_turbo.api import patch, patch_trl, status, unpatch
 
 if TYPE_CHECKING:
     from trl_turbo._session import PatchError as PatchError
+    from trl_turbo.dashboard.samples import samples as samples
     from trl_turbo.hookspecs import hookimpl as hookimpl
     from trl_turbo.loading import from_pretrained as from_pretrained
     from trl_turbo.memory_plan import plan as plan
+    from trl_turbo.saving import load_lora as load_lora
+    from trl_turbo.saving import save_lora as save_lora
+    from trl_turbo.saving import save_pretrained_merged as save_pretrained_merged
 
 __version__ = "0.1.0"
 
@@ -23,9 +27,13 @@ __all__ = [
     "__version__",
     "from_pretrained",
     "hookimpl",
+    "load_lora",
     "patch",
     "patch_trl",
     "plan",
+    "samples",
+    "save_lora",
+    "save_pretrained_merged",
     "status",
     "unpatch",
 ]
@@ -35,6 +43,10 @@ _LATE = {
     "PatchError": "trl_turbo._session",
     "from_pretrained": "trl_turbo.loading",
     "hookimpl": "trl_turbo.hookspecs",
+    "load_lora": "trl_turbo.saving",
+    "samples": "trl_turbo.dashboard.samples",
+    "save_lora": "trl_turbo.saving",
+    "save_pretrained_merged": "trl_turbo.saving",
     "plan": "trl_turbo.memory_plan",
 }
 

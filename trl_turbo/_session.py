@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from trl_turbo import _import_hook, _plan, patching, report, settings
+from trl_turbo import _import_hook, _logs, _plan, patching, report, settings
 from trl_turbo._features import Switches
 from trl_turbo._plan import Intent, Plan, Sources
 from trl_turbo.patching import Ledger, Patch, Replacement
 from trl_turbo.report import NoteLog, PeakLog, Report, Row, Status
 
-logger = logging.getLogger("trl_turbo")
+logger = _logs.get()
 
 _PENDING = "applies when {} is imported"
 _BLOCKED = "somebody else has wrapped {} since; ours passes calls through to the original until theirs is gone"
@@ -312,7 +312,8 @@ class Session:
         level = logging.WARNING if bad else logging.INFO
         logger.log(level, "trl_turbo %s: %s", found.versions.get("trl_turbo"), shown.headline())
         if verbose:
-            logger.info("%s", found)
+            for line in str(found).splitlines():  # a record a line: what reads logs by line would tear the table
+                logger.info("%s", line)
 
 
 def _reasons(rows: Iterable[Row]) -> str:

@@ -28,6 +28,15 @@ def patch(
     mlp: bool | None = None,
     attention: bool | None = None,
     packing: bool | None = None,
+    dashboard: bool | None = None,
+    guards: bool | None = None,
+    guard_chat_template: bool | None = None,
+    guard_constant_reward: bool | None = None,
+    guard_truncated: bool | None = None,
+    guard_learning_rate: bool | None = None,
+    guard_group_size: bool | None = None,
+    guard_logp_drift: bool | None = None,
+    guard_context: bool | None = None,
     checkpointing: bool | None = None,
     mlp_tiling: bool | None = None,
     memory: bool | None = None,
@@ -65,6 +74,16 @@ def patch(
             scoring passes of models whose attention computes what ours does.
         packing: Scoring passes on one packed row: without padding, and with each prompt that several answers share
             once.
+        dashboard: While a TRL trainer trains, a live table and small charts where its progress bars are, and in
+            ``<output_dir>/_trl_turbo`` a JSON-lines log, the latest completions and at the end an HTML report.
+        guards: Warnings of what costs people hours, each with its remedy and each off by its own keyword:
+        guard_chat_template: chats, and a tokenizer without a chat template;
+        guard_constant_reward: a reward that does not change for many steps;
+        guard_truncated: no completion that comes to its end;
+        guard_learning_rate: a learning rate for LoRA that is far off TRL's default;
+        guard_group_size: a group size that does not divide the batch;
+        guard_logp_drift: log-probs of rollouts that drift away from the trainer's;
+        guard_context: prompts that are longer than the context.
         checkpointing: With ``gradient_checkpointing=True``, layers' inputs wait for backward in pinned host memory, to
             the bit, unless that is short or waiting for the copies takes more than 3 % of forward and backward.
         mlp_tiling: Gated MLPs run at most 8,192 rows at a time, in checkpointed layers and in passes without gradients.
@@ -103,6 +122,15 @@ def patch(
             "mlp": mlp,
             "attention": attention,
             "packing": packing,
+            "dashboard": dashboard,
+            "guards": guards,
+            "guard_chat_template": guard_chat_template,
+            "guard_constant_reward": guard_constant_reward,
+            "guard_truncated": guard_truncated,
+            "guard_learning_rate": guard_learning_rate,
+            "guard_group_size": guard_group_size,
+            "guard_logp_drift": guard_logp_drift,
+            "guard_context": guard_context,
             "checkpointing": checkpointing,
             "mlp_tiling": mlp_tiling,
             "memory": memory,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-logger = logging.getLogger("trl_turbo")
+from trl_turbo import _logs
+
+logger = _logs.get()
 
 
 class Status(str, Enum):
@@ -72,7 +73,7 @@ class NoteLog:
                 return
             self._notes[note] = None
         # Outside the lock: a logging handler may do anything, a note included.
-        logger.warning("%s: %s", feature, text)
+        logger.warning("%s: %s", feature, " ".join(text.split()))
 
     def __iter__(self) -> Iterator[Note]:
         with self._lock:
@@ -262,6 +263,12 @@ def set_current(report: Report | None) -> None:
     """Say to which report :func:`note` goes. Called by the session."""
     global _current
     _current = report
+
+
+def current() -> Report:
+    """Return the report of the running session; an empty one while nothing is patched."""
+    found = _current
+    return found if found is not None else Report()
 
 
 def note(feature: str, text: str) -> None:

@@ -11,12 +11,25 @@ from collections.abc import Mapping
 from typing import Any
 
 PREFIX = "TRL_TURBO"
+#: What can go wrong in a training and is warned of; ``guard_<name>`` turns one off.
+GUARDS = (
+    "chat_template",
+    "constant_reward",
+    "truncated",
+    "learning_rate",
+    "group_size",
+    "logp_drift",
+    "context",
+)
+ON_OFF = ("on", "off")
 #: Keyword of ``patch()`` -> the words that it takes, the default first. ``TRL_TURBO_<KEYWORD>`` is its variable.
 WORDS: dict[str, tuple[str, ...]] = {
     "rollout_adapter": ("auto", "merged", "served"),
     "rollout_burst": ("auto", "off"),
     "rollout_kv_cache_dtype": ("auto", "fp8"),
+    **{f"guard_{name}": ON_OFF for name in GUARDS},
 }
+_SAME = {**dict.fromkeys(("1", "true", "yes"), "on"), **dict.fromkeys(("0", "false", "no"), "off")}
 
 _current: Mapping[str, str] | None = None
 
@@ -40,6 +53,9 @@ def resolve(keywords: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
     for name, words in WORDS.items():
         given = keywords.get(name)
         text = environ.get(variable(name), "").strip()
+        if words == ON_OFF:
+            given = ON_OFF[not given] if isinstance(given, bool) else given
+            text = _SAME.get(text.lower(), text)
         if given is not None:
             said, word = f"patch({name}={given!r})", given
         else:

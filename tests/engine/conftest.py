@@ -16,6 +16,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What people see is the business of tests/people.
+os.environ.setdefault("TRL_TURBO_DASHBOARD", "0")
+os.environ.setdefault("TRL_TURBO_GUARDS", "0")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 

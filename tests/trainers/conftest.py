@@ -43,6 +43,9 @@ def _unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("TRL_TURBO")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("TRL_TURBO_ROLLOUT", "0")  # sampling has tests of its own, and these give completions or a seed
+    # They compute nothing, and a report a training takes longer than the training: tests/people is about them
+    monkeypatch.setenv("TRL_TURBO_DASHBOARD", "0")
+    monkeypatch.setenv("TRL_TURBO_GUARDS", "0")
     trl_turbo.unpatch()
     yield
     trl_turbo.unpatch()

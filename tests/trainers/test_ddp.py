@@ -18,6 +18,8 @@ from .rule import assert_same
 pytestmark = [pytest.mark.trl, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
+# As in conftest.py, for the two processes.
+QUIET = {"TRL_TURBO_DASHBOARD": "0", "TRL_TURBO_GUARDS": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def _launch(out: Path) -> None:
     result = subprocess.run(
         [*command, "--module", "tests.trainers.ddp_worker", str(out)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **QUIET},
         capture_output=True,
         text=True,
         timeout=800,

@@ -46,6 +46,8 @@ def make_tokenizer(vocab_size: int = SMALLEST_VOCABULARY) -> PreTrainedTokenizer
         eos_token=EOS,
         unk_token=UNKNOWN,
         padding_side="left",
+        # Without this transformers 4 makes token types as well, which `generate` refuses
+        model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -73,6 +75,14 @@ def make_model(
     }
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(Qwen2Config(**settings), dtype=torch.float32)
+
+
+def tiny_folder() -> str:
+    """Make a small model with its tokenizer in a new folder, and return its name, which scripts take for a model."""
+    import tempfile
+
+    tokenizer = make_tokenizer()
+    return str(save(Path(tempfile.mkdtemp(prefix="tiny-qwen2-")), make_model(tokenizer, hidden_size=64), tokenizer))
 
 
 def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:

@@ -21,6 +21,7 @@ BUILTIN: tuple[str, ...] = (
     # Before the blocks: what is applied last sees a model first, and an MLP with adapters is one function over theirs
     "trl_turbo.patches.lora",
     "trl_turbo.patches.blocks",
+    "trl_turbo.patches.people",
 )
 
 #: Keywords of ``patch()`` that exist whether or not the plugin module behind them can be imported.
@@ -34,6 +35,8 @@ FEATURES: dict[str, str] = {
     "attention": "our attention under its own name, and in place of eager and sdpa in scoring passes",
     "packing": "scoring passes without padding, and with each prompt that answers share once",
     "mlp": "gated MLPs that keep gate and up alone between their linears",
+    "dashboard": "a live table and charts while a TRL trainer trains, a JSON-lines log and an HTML report",
+    "guards": "warnings of what costs people hours, each with its remedy",
     "checkpointing": "gradient checkpointing that keeps layers' inputs in pinned host memory",
     "mlp_tiling": "gated MLPs that run a tile of the sequence at a time",
     "memory": "peaks of each phase beside the plan, and a plan and a checkpoint where memory runs out",
