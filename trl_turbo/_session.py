@@ -16,7 +16,7 @@ from typing import Any
 from trl_turbo import _import_hook, _logs, _plan, patching, report, settings
 from trl_turbo._features import Switches
 from trl_turbo._plan import Intent, Plan, Sources
-from trl_turbo.patching import Ledger, Patch, Replacement
+from trl_turbo.patching import Idle, Ledger, Patch, Replacement
 from trl_turbo.report import NoteLog, PeakLog, Report, Row, Status
 
 logger = _logs.get()
@@ -267,7 +267,7 @@ class Session:
             logger.debug("%s failed", patch.name, exc_info=True)
         else:
             if misfit is not None:
-                status, reason = Status.SKIPPED, misfit
+                status, reason = Status.OFF if isinstance(misfit, Idle) else Status.SKIPPED, str(misfit)
             elif labels is None:
                 return
             else:

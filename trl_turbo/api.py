@@ -92,8 +92,7 @@ def patch(
             change, and saves the last completed step first.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
-            (``attention``, ``packing``, ``checkpointing``, ``mlp_tiling`` and ``memory`` are off until they are
-            measured on a GPU).
+            (``attention``, ``packing`` and ``mlp_tiling`` are off until they are measured on a GPU).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:

@@ -23,6 +23,15 @@ class _Absent:
 ABSENT = _Absent()
 
 
+class Idle(str):
+    """What a probe returns where a patch fits and has nothing to do here, such as where there is no GPU: why, in words.
+
+    The row is `off`, and `patch(strict=True)` does not raise.
+    """
+
+    __slots__ = ()
+
+
 # Where an instance keeps the entries of its own attributes.
 _ENTRIES = "_trl_turbo_entries"
 
@@ -67,7 +76,8 @@ class Patch:
         build: Receives the module and returns the replacements, which are applied as one unit: where one raises, all
             are taken back and the row is ``failed``. Free of side effects, like ``wrap``.
         requires: PEP 508 requirements that must all hold, such as ``("trl>=0.29.1,<1.15",)``.
-        probe: Receives the module; returns ``None`` where the patch fits, else why not, in a sentence. It decides.
+        probe: Receives the module; returns ``None`` where the patch fits, else why not, in a sentence. It decides. An
+            :class:`Idle` says that there is nothing to do on this machine.
     """
 
     name: str

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_turbo.demo.tiny import make_tokenizer
 
 #: Keywords of `patch()` that leave the log-prob alone on, for what must be stock's to the bit
-ALONE = dict.fromkeys(("shared_pass", "lora", "norms", "rope", "mlp", "attention", "packing"), False)
+ALONE = dict.fromkeys(
+    ("shared_pass", "lora", "norms", "rope", "mlp", "attention", "packing", "checkpointing", "memory"), False
+)
 
 
 def turn_off(monkeypatch: Any) -> None:

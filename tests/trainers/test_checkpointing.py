@@ -113,8 +113,8 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(offload, "has_device", lambda: False)
     import transformers.modeling_utils  # noqa: F401
 
-    row = trl_turbo.patch(checkpointing=True, verbose=False)["checkpointing.layers"]
-    assert row.status == "skipped"
+    row = trl_turbo.patch(checkpointing=True, strict=True, verbose=False)["checkpointing.layers"]
+    assert row.status == "off"
     assert "no CUDA device" in row.reason
 
 

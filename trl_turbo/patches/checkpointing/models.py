@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from trl_turbo.patches.checkpointing import inside, offload
-from trl_turbo.patching import Replacement
+from trl_turbo.patching import Idle, Replacement
 from trl_turbo.report import note
 
 METHOD, ARGUMENT = "_set_gradient_checkpointing", "gradient_checkpointing_func"
@@ -37,7 +37,7 @@ def without_device() -> str | None:
     """Say that nothing can be offloaded, or return `None`."""
     if offload.has_device():
         return None
-    return "there is no CUDA device: layers' inputs are in host memory already, and there is nothing to offload"
+    return Idle("there is no CUDA device: layers' inputs are in host memory already, and there is nothing to offload")
 
 
 def build(module: ModuleType, feature: str) -> Iterator[Replacement]:
