@@ -21,7 +21,7 @@ REMEDIES = {
     "KV cache": "lower vllm_max_model_length or max_completion_length",
     "CUDA graphs": "pass enforce_eager=True to vLLM",
     "sampling": "lower per_device_train_batch_size",
-    "layer inputs": "set patch(checkpointing=True), which keeps them in host memory",
+    "layer inputs": "leave patch(checkpointing=...) on, which keeps them in host memory",
     "activations": "set gradient_checkpointing=True",
     "one layer": "set patch(lora=True, norms=True, mlp_tiling=True), or lower per_device_train_batch_size",
     "loss tiles": "lower per_device_train_batch_size and raise gradient_accumulation_steps",

@@ -30,7 +30,7 @@ TRUNCATED = (
 )
 DRIFTED = (
     "the log-probs of rollouts are {drift:.2f} nats a token away from the trainer's: look for weights that are not "
-    "synced or are quantised in one of the two, for another dtype or another temperature; patch(rollout=True) samples "
+    "synced or are quantised in one of the two, for another dtype or another temperature; patch() samples "
     "from the trainer's own weights, and cast_lm_head_to_fp32=True makes the heads agree"
 )
 
