@@ -80,11 +80,6 @@ class SharedWorker(Executes, Worker):
                 unmap_and_release(data.handle)
                 data.is_asleep = True
 
-    def wake_up(self, tags: list[str] | None = None) -> None:
-        """As vLLM's; what the training step left in torch's cache makes room for the KV cache first."""
-        torch.cuda.empty_cache()
-        super().wake_up(tags)
-
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[object]:
         if tag == "weights":
             return nullcontext()
