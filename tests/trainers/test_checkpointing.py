@@ -51,8 +51,8 @@ CASES: dict[str, Case] = {
 @pytest.fixture
 def offloader(monkeypatch: pytest.MonkeyPatch) -> Offloader:
     """Turn the feature on, alone, with inputs of any size on their way between two kinds of host memory."""
-    monkeypatch.setenv("TRL_TURBO_CHECKPOINTING", "1")
     turn_off(monkeypatch)
+    monkeypatch.setenv("TRL_TURBO_CHECKPOINTING", "1")
     found = Offloader(LateLane(), smallest_bytes=0)
     monkeypatch.setattr(offload, "has_device", lambda: True)
     monkeypatch.setattr(offload, "offloader_of", lambda device: found)
