@@ -129,6 +129,16 @@ def replacement_of(function: Any) -> Callable[..., Any] | None:
     return target
 
 
+def as_written(function: Any) -> Any:
+    """Return the function below all wrappers, ours and those that carry ``__wrapped__``: what its author wrote."""
+    while True:
+        route = getattr(function, "__dict__", {}).get(_ROUTE)
+        inner = route.original if route is not None else getattr(function, "__wrapped__", None)
+        if inner is None:
+            return function
+        function = inner
+
+
 def _kind_name(kind: type) -> str:
     return "plain function" if kind is FunctionType else kind.__name__
 

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from trl_turbo._switch import Switchable
+from trl_turbo._switch import as_written as as_written
 from trl_turbo._switch import replacement_of as replacement_of
 
 

@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 
-from trl_turbo.patching import Ledger, Patch, Replacement, replacement_of
+from trl_turbo.patching import Ledger, Patch, Replacement, as_written, replacement_of
 
 
 def patch_of(*replacements, name="p"):
@@ -325,3 +325,21 @@ def test_replacement_of(module, core):
     assert replacement_of(module.Target.klass) is not None
     ledger.restore()
     assert replacement_of(ours) is None
+
+
+def test_what_was_written_is_found_below_all_wrappers():
+    class Owner:
+        def method(self):
+            return 1
+
+    written = Owner.method
+
+    def wrap(original):
+        return functools.wraps(original)(lambda self: original(self) + 1)
+
+    assert as_written(written) is written
+    ledger = Ledger()
+    ledger.replace("one", [Replacement(Owner, "method", wrap)])
+    ledger.replace("two", [Replacement(Owner, "method", wrap)])
+    assert Owner().method() == 3
+    assert as_written(Owner.method) is written

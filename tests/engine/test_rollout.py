@@ -165,6 +165,12 @@ def test_online_dpo(trainer, patched, monkeypatch):
 
 
 def test_what_is_declined_runs_on_trls_own_path_and_says_so(trainer, patched, monkeypatch):
+    from vllm.model_executor.layers import utils
+
+    # On processors with AVX-512 vLLM's CPU build packs weights, into which TRL's sync cannot load
+    linear = torch.nn.functional.linear
+    plain = lambda layer, remove_weight: setattr(layer, "cpu_linear", linear)  # noqa: E731
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", plain)
     peft = pytest.importorskip("peft")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")

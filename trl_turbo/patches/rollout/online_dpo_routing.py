@@ -8,7 +8,6 @@ on the policy itself and for this one caller. As with `use_vllm=True`, TRL corre
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -20,7 +19,7 @@ from trl_turbo.compat.signatures import misfit
 from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.patches.rollout import sampler
 from trl_turbo.patches.rollout.routing import ROUTED
-from trl_turbo.patching import Replacement, extend
+from trl_turbo.patching import Replacement, as_written, extend
 
 PATCH = "rollout.online_dpo_routing"
 METHODS = {"_generate": ("self", "model", "prompts"), "training_step": ("self", "model", "inputs")}
@@ -34,7 +33,7 @@ def probe(module: ModuleType) -> str | None:
     reason = misfit(owner, METHODS)
     if reason is not None:
         return reason
-    names = inspect.unwrap(owner._generate).__code__.co_names
+    names = as_written(owner._generate).__code__.co_names
     missing = [name for name in ("generate", "generation_config") if name not in names]
     return f"OnlineDPOTrainer._generate no longer uses {missing[0]}" if missing else None
 

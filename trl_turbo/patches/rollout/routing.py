@@ -15,7 +15,7 @@ from typing import Any
 
 from trl_turbo.engine.serving import alone
 from trl_turbo.patches.rollout.sampler import asked_of_transformers, foreign, nameless, told, unknown_to
-from trl_turbo.patching import Replacement
+from trl_turbo.patching import Replacement, as_written
 
 #: What a trainer must have for a switch after it was built.
 ATTRIBUTES = ("use_vllm", "vllm_mode", "_last_loaded_step")
@@ -32,7 +32,7 @@ def probe(module: ModuleType, trainer_name: str) -> str | None:
     trainer = getattr(module, trainer_name, None)
     if trainer is None or not hasattr(module, "VLLMGeneration"):
         return f"{module.__name__} has no {trainer_name} that samples through VLLMGeneration"
-    names = set(inspect.unwrap(trainer.__init__).__code__.co_names)
+    names = set(as_written(trainer.__init__).__code__.co_names)
     missing = [name for name in ATTRIBUTES if name not in names]
     if missing:
         return f"{trainer_name}.__init__ no longer sets {missing[0]}"
