@@ -18,9 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def doctor(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "trl_turbo.cli", "doctor", *arguments]
-    # What other tests of this process have set is not this machine's
-    own = {name: value for name, value in os.environ.items() if not name.startswith("TRL_TURBO")}
-    env = {**own, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", **env}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", **env}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
 
 

@@ -16,9 +16,6 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What people see is the business of tests/people.
-os.environ.setdefault("TRL_TURBO_DASHBOARD", "0")
-os.environ.setdefault("TRL_TURBO_GUARDS", "0")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
@@ -26,6 +23,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vllm") is not None and not HAS_VLLM:
             item.add_marker(pytest.mark.skip(reason="vllm is not importable: `tox run -e vllm` has it"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet():
+    """What people see is the business of tests/people; other tests of this process see it still."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TRL_TURBO_DASHBOARD", "TRL_TURBO_GUARDS"):
+            patch.setenv(name, os.environ.get(name, "0"))
+        yield
 
 
 @pytest.fixture(autouse=True)
