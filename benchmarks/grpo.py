@@ -21,25 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, models
-from trl_turbo.patches import FEATURES as KNOWN
 
-#: What is on for trl_turbo beside the log-prob; those that this version has.
-FEATURES = tuple(
-    name
-    for name in (
-        "rollout",
-        "shared_pass",
-        "lora",
-        "norms",
-        "rope",
-        "mlp",
-        "attention",
-        "packing",
-        "checkpointing",
-        "mlp_tiling",
-        "memory",
-    )
-    if name in KNOWN
+#: What is on for trl_turbo beside the log-prob.
+FEATURES = (
+    "rollout",
+    "shared_pass",
+    "lora",
+    "norms",
+    "rope",
+    "mlp",
+    "attention",
+    "packing",
+    "checkpointing",
+    "mlp_tiling",
+    "memory",
 )
 #: Mean difference of a sampled token's log-prob between vLLM and the trainer; the weights are then not the same.
 LARGEST_GAP = 0.05

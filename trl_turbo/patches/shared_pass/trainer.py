@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -168,25 +169,19 @@ def _ready(
     return tuple(x[order] if isinstance(x, torch.Tensor) and x.dim() else x for x in rollout.found)
 
 
-class _as_in_training:  # noqa: N801 (reads as a statement)
+@contextmanager
+def _as_in_training(trainer: Any, rollout: _Rollout) -> Iterator[None]:
     """With gradients, autocast and gradient checkpointing as the training step has them."""
-
-    def __init__(self, trainer: Any, rollout: _Rollout) -> None:
-        self._trainer, self._model = trainer, trainer.model
-        self._turn_on = rollout.checkpointing and not self._model.is_gradient_checkpointing
-        self._contexts = (torch.enable_grad(), trainer.compute_loss_context_manager())
-
-    def __enter__(self) -> None:
-        if self._turn_on:
-            self._model.gradient_checkpointing_enable(self._trainer.args.gradient_checkpointing_kwargs)
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*error)
-        if self._turn_on:
-            self._model.gradient_checkpointing_disable()
+    model = trainer.model
+    turn_on = rollout.checkpointing and not model.is_gradient_checkpointing
+    if turn_on:
+        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    try:
+        with torch.enable_grad(), trainer.compute_loss_context_manager():
+            yield
+    finally:
+        if turn_on:
+            model.gradient_checkpointing_disable()
 
 
 def _adapters(model: Any) -> tuple[Any, ...]:
