@@ -47,5 +47,8 @@ def _unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TRL_TURBO_DASHBOARD", "0")
     monkeypatch.setenv("TRL_TURBO_GUARDS", "0")
     trl_turbo.unpatch()
+    from .runs import forget_precision
+
+    forget_precision()  # an Accelerator of the test's own would take the last trainer's autocast over
     yield
     trl_turbo.unpatch()

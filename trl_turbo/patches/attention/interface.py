@@ -22,12 +22,12 @@ class UnsupportedAttentionError(NotImplementedError):
 
 def register() -> None:
     """Enter our attention, and the masks of those of its calls that have no layout, under its name."""
-    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
     # A call without a layout is sdpa's, with sdpa's mask; with a layout the model makes no mask at all
-    AttentionMaskInterface.register(NAME, AttentionMaskInterface._global_mapping["sdpa"])
+    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def unregister() -> None:
