@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,21 @@ def patch_line(features: Iterable[str]) -> str:
     return f"import trl_turbo; trl_turbo.patch({', '.join(f'{name}={on}' for name, on in wanted.items())})"
 
 
-def run(given: list[str], path: str | None, log: Path, module: str = "benchmarks.grpo_run") -> dict[str, Any]:
-    """Train once in a new process.
+def run(
+    given: list[str],
+    path: str | None,
+    log: Path,
+    module: str = "benchmarks.grpo_run",
+    launcher: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train once in a new process, or in those that a launcher starts.
 
     Args:
         given: Arguments of the module.
         path: Where to import TRL from, if not from the environment.
         log: What it prints goes here.
         module: What runs.
+        launcher: What starts it, as Python's own arguments, where it is not this Python itself.
 
     Returns:
         What it measured, or `error` with the last line that it printed.
@@ -73,7 +80,7 @@ def run(given: list[str], path: str | None, log: Path, module: str = "benchmarks
     if path:
         env["PYTHONPATH"] = path + (os.pathsep + env["PYTHONPATH"] if env.get("PYTHONPATH") else "")
     with log.open("w") as out:
-        subprocess.run([sys.executable, "-m", module, *given], stdout=out, stderr=subprocess.STDOUT, env=env)
+        subprocess.run([sys.executable, *launcher, "-m", module, *given], stdout=out, stderr=subprocess.STDOUT, env=env)
     lines = log.read_text(errors="replace").splitlines()
     for line in lines:
         if line.startswith("RESULT "):

@@ -14,6 +14,8 @@ import threading
 import time
 from typing import Any
 
+from benchmarks import ranks
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -33,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--unsloth", action="store_true", help="load through Unsloth, with its engine")
     parser.add_argument("--sleep", action="store_true", help="vllm_enable_sleep_mode")
     parser.add_argument("--cap-gb", type=float, help="let torch take so much and no more, and vLLM its share of it")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that one vLLM is spread over")
     return parser.parse_args()
 
 
@@ -151,6 +154,7 @@ def main() -> None:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     peak = Peak()
     share = args.share * capped(args.cap_gb)
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
@@ -185,6 +189,7 @@ def main() -> None:
         use_vllm=True,
         vllm_mode="colocate",
         vllm_gpu_memory_utilization=share,
+        vllm_tensor_parallel_size=args.tensor_parallel,
         vllm_enable_sleep_mode=args.sleep,
         vllm_max_model_length=args.prompt + args.completion + 16,
     )
@@ -261,9 +266,13 @@ def main() -> None:
         "plan": planned,
         "phases": phases,
     }
+    if trainer.accelerator.num_processes > 1:
+        result = ranks.together(result, trainer.model)
     if args.cap_gb is not None and peak.base + top > args.cap_gb * 2**30:
         result["error"] = f"took {(peak.base + top) / 2**30:.1f} GB of a cap of {args.cap_gb:g}"
-    print("RESULT " + json.dumps(result), flush=True)
+    if trainer.accelerator.is_main_process:
+        print("RESULT " + json.dumps(result), flush=True)
+    trainer.accelerator.wait_for_everyone()
     os._exit(0)  # vLLM's teardown takes longer than some of these runs
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import longest, plan, tables
+from benchmarks import distributed, longest, plan
+from benchmarks.tables import trainings
 
 ANSWER: dict[str, Any] = {
     "peak_gb": 6.0,
@@ -49,7 +50,7 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return call
 
 
-def test_grpo(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grpo(call: Any, tmp_path: Path) -> None:
     given = []
 
     def answer(arguments: list[str], *_: Any) -> dict[str, Any]:
@@ -62,12 +63,11 @@ def test_grpo(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all("--sleep" in arguments for arguments in given)
     (line,) = (arguments[-1] for arguments in given if "--before" in arguments)
     assert "checkpointing=True" in line
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for name in ("vllm", "peft", "transformers", "trl"):
         assert name in data["environment"]
     data["environment"] |= {"driver": "x"}
     (tmp_path / "grpo_x.json").write_text(json.dumps(data))
-    assert "trl_turbo takes 1.00x the memory" in tables.grpo()
+    assert "trl_turbo takes 1.00x the memory" in trainings.grpo(tmp_path)
 
 
 def test_trainers(call: Any) -> None:
@@ -105,3 +105,48 @@ def test_longest(call: Any) -> None:
     status, data = call("longest", answer, "--cap-gb", "24", "--bar", "60000", "--probes", "2")
     assert (status, data["longest"]) == (1, 0)
     assert longest.GRAIN == 1000
+
+
+@pytest.mark.parametrize(("way", "runs"), [("ddp", 4), ("fsdp2", 2), ("tp", 2)])
+def test_distributed(call: Any, tmp_path: Path, way: str, runs: int) -> None:
+    launchers = []
+
+    def answer(*_: Any, launcher: list[str]) -> dict[str, Any]:
+        launchers.append(launcher)
+        if not launcher:
+            return ANSWER
+        link = {"latency_s": 1e-5, "bytes_s": 1e11}
+        rank = {"rollouts_s": [1.0, 1.1], "steps_s": [1.5, 1.6], "peak_gb": 6.0}
+        several = {"world": 2, "gradient_bytes": 1 << 20, "collectives": {"all_reduce": link, "all_gather": link}}
+        return ANSWER | several | {"step_s": 1.6, "ranks": [rank, rank]}
+
+    status, data = call("distributed", answer, "--way", way, out=f"ranks_{way}")
+    assert status == 0
+    assert len(launchers) == runs == len(data["results"])
+    assert sum(not launcher for launcher in launchers) == (2 if way == "ddp" else 0)
+    if way == "ddp":
+        assert data["results"]["trl_turbo on 2"]["model"]["scaling"] == pytest.approx(2 * 1.5 / 1.6)
+    data["environment"] |= {"driver": "x"}
+    (tmp_path / f"ranks_{way}.json").write_text(json.dumps(data))
+    assert "trl_turbo on 2" in trainings.distributed(tmp_path)
+
+
+def test_distributed_says_what_is_missed() -> None:
+    link = {"latency_s": 0.0, "bytes_s": 1e11}
+    several = {
+        "world": 2,
+        "gradient_bytes": 0,
+        "collectives": {"all_reduce": link},
+        "ranks": [{"rollouts_s": [1.0]}] * 2,
+    }
+    found = {
+        "trl_turbo on 1": ANSWER,
+        "trl_turbo on 2": ANSWER | several | {"step_s": 2.0},
+        "trl on 2": {"error": "no"},
+    }
+    assert distributed.verdicts("ddp", found, 2) == [
+        "trl on 2 failed: no",
+        "2 GPUs give 1.50x the samples of one, and the bar is 1.80x",
+    ]
+    found = {"trl_turbo on 2": ANSWER | {"peak_gb": 7.0}, "trl on 2": ANSWER}
+    assert distributed.verdicts("fsdp2", found, 2) == ["peak GB is 7, and TRL's is 6"]

@@ -1,32 +1,24 @@
-"""Write the tables of docs/benchmarks.md from the committed JSON, or check that they are what it says.
-
-python -m benchmarks.tables            writes
-python -m benchmarks.tables --check    exits with 1 where the page and the JSON differ
-"""
+"""Tables of single kernels and of packed rows, each from the JSON of its benchmark."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "benchmarks.md"
-RESULTS = ROOT / "benchmarks" / "results"
 CASES = {
     "frozen": "Frozen head, forward and backward (log-probs with gradient, entropies without)",
     "no_grad": "No gradient (log-probs and entropies)",
     "trained": "Trained head, forward and backward",
 }
+
 # Peers that give what a trainer needs, a gradient for each token; the bars are against these
 JUDGED = ("trl", "liger_none", "liger_grpo")
 
 
-def linear_logprob() -> str:
+def linear_logprob(folder: Path) -> str:
     """The section's tables, in Markdown."""
-    data = json.loads((RESULTS / "linear_logprob.json").read_text())
+    data = json.loads((folder / "linear_logprob.json").read_text())
     about = data["environment"]
     lines = [
         f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
@@ -54,9 +46,9 @@ def _row(row: dict[str, Any], names: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def lora_fold() -> str:
+def lora_fold(folder: Path) -> str:
     """The section's table, in Markdown; says so where nothing was measured yet."""
-    path = RESULTS / "lora_fold.json"
+    path = folder / "lora_fold.json"
     if not path.exists():
         return "Not measured yet."
     data = json.loads(path.read_text())
@@ -81,9 +73,9 @@ def lora_fold() -> str:
     return "\n".join(lines)
 
 
-def lora() -> str:
+def lora(folder: Path) -> str:
     """The section's table, in Markdown; says so where nothing was measured yet."""
-    path = RESULTS / "lora.json"
+    path = folder / "lora.json"
     if not path.exists():
         return "Not measured yet."
     data = json.loads(path.read_text())
@@ -109,9 +101,9 @@ def lora() -> str:
     return "\n".join(lines)
 
 
-def blocks() -> str:
+def blocks(folder: Path) -> str:
     """The section's tables, in Markdown; says so where nothing was measured yet."""
-    path = RESULTS / "blocks.json"
+    path = folder / "blocks.json"
     if not path.exists():
         return "Not measured yet."
     data = json.loads(path.read_text())
@@ -139,128 +131,9 @@ def blocks() -> str:
     return "\n".join(lines)
 
 
-def grpo() -> str:
-    """Whole GRPO steps, one table a file; says so where nothing was measured yet."""
-    return _contests("grpo_*.json", STEP_COLUMNS, lambda data: f"{data['shape']} {_words(data['arguments'])}")
-
-
-def trainers() -> str:
-    """Whole steps of other trainers, one table a file; says so where nothing was measured yet."""
-
-    def title(data: dict[str, Any]) -> str:
-        return f"{data['trainer']}, {data['shape']} {_words(data['arguments'])}"
-
-    return _contests("trainer_*.json", STEP_COLUMNS[:2], title)
-
-
-STEP_COLUMNS = (
-    ("peak_gb", "peak at the driver, GB"),
-    ("step_s", "step, s"),
-    ("rollout_s", "rollout, s"),
-    ("train_s", "training, s"),
-    ("tokens_s", "tokens/s"),
-)
-#: TRL without a fused head, against which the least memory is claimed.
-FOUNDING = "trl1.12"
-
-
-def _contests(pattern: str, columns: tuple[tuple[str, str], ...], title: Callable[[dict[str, Any]], str]) -> str:
-    files = sorted(RESULTS.glob(pattern))
-    if not files:
-        return "Not measured yet."
-    lines: list[str] = []
-    for path in files:
-        data = json.loads(path.read_text())
-        about, results = data["environment"], data["results"]
-        versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "trl", "vllm", "transformers", "peft"))
-        lines += [""] * bool(lines)
-        lines += [f"**{title(data)}**; {about['card']}, driver {about['driver']}; {versions}."]
-        lines += ["", f"![{path.stem}](../benchmarks/results/{path.stem}.png)", ""]
-        lines += [f"| | {' | '.join(label for _, label in columns)} |", "|---" * (len(columns) + 1) + "|"]
-        lines += [_contestant(name, found, columns) for name, found in results.items()]
-        lines += _claims(results)
-    return "\n".join(lines)
-
-
-def _contestant(name: str, found: dict[str, Any], columns: tuple[tuple[str, str], ...]) -> str:
-    if "error" in found:
-        return f"| {name} | {found['error']} |" + " |" * (len(columns) - 1)
-    cells = [f"{found[key]:,.4g}" if found.get(key) is not None else "-" for key, _ in columns]
-    return f"| {name} | {' | '.join(cells)} |"
-
-
-def _claims(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Ours over each peer, and the founding claim where what it is about was there."""
-    good = {name: found for name, found in results.items() if "error" not in found}
-    ours = good.pop("trl_turbo", None)
-    if ours is None or not good:
-        return []
-    ratios = [
-        f"{ours['peak_gb'] / peer['peak_gb']:.2f}x the memory and {ours['step_s'] / peer['step_s']:.2f}x the time of "
-        f"{name}"
-        for name, peer in good.items()
-    ]
-    lines = ["", f"trl_turbo takes {'; '.join(ratios)}."]
-    if FOUNDING in good:
-        less = 1 - ours["peak_gb"] / good[FOUNDING]["peak_gb"]
-        lines += ["", f"Against TRL without a fused head ({FOUNDING}): {less:.0%} less memory; the claim is 80 %."]
-    return lines
-
-
-def _words(arguments: list[str]) -> str:
-    return " ".join(word.removeprefix("--") for word in arguments)
-
-
-def plan() -> str:
-    """Predicted and measured memory; says so where nothing was measured yet."""
-    path = RESULTS / "plan.json"
-    if not path.exists():
-        return "Not measured yet."
-    data = json.loads(path.read_text())
-    about = data["environment"]
-    phases = ("rollout", "training", "peak")
-    lines = [
-        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, TRL {about['trl']}, "
-        f"vLLM {about['vllm']}.",
-        "",
-        "![plan](../benchmarks/results/plan.png)",
-        "",
-        f"| | {' | '.join(phases)} |",
-        "|---" * (len(phases) + 1) + "|",
-    ]
-    for row in data["results"]:
-        cells = [
-            f"{row['predicted_gb'][phase]:.2f} / {row['measured_gb'][phase]:.2f} ({row['off_by'][phase]:+.0%})"
-            for phase in phases
-        ]
-        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def longest() -> str:
-    """The longest completions that were seen to fit; says so where nothing was measured yet."""
-    files = sorted(RESULTS.glob("longest_*.json"))
-    if not files:
-        return "Not measured yet."
-    columns = ("model", "base", "cap, GB", "bar", "longest that fits", "its peak, GB", "a micro-batch, s", "card")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for path in files:
-        data = json.loads(path.read_text())
-        fits = [probe for probe in data["results"] if probe["fits"]]
-        best = max(fits, key=lambda probe: probe["completion"], default=None)
-        cells = [data["shape"], "nf4" if data["four_bit"] else "bf16", f"{data['cap_gb']:g}", f"{data['bar']:,}"]
-        cells += ["-"] * 3 if best is None else _probe(best)
-        lines.append(f"| {' | '.join([*cells, data['environment']['card']])} |")
-    return "\n".join(lines)
-
-
-def _probe(probe: dict[str, Any]) -> list[str]:
-    return [f"{probe['completion']:,}", f"{probe['peak_gb']:.1f}", f"{probe['micro_batch_s'][-1]:.1f}"]
-
-
-def attention() -> str:
+def attention(folder: Path) -> str:
     """The section's tables, in Markdown; says so where nothing was measured yet."""
-    path = RESULTS / "attention.json"
+    path = folder / "attention.json"
     if not path.exists():
         return "Not measured yet."
     data = json.loads(path.read_text())
@@ -288,9 +161,9 @@ def attention() -> str:
     return "\n".join(lines)
 
 
-def packing() -> str:
+def packing(folder: Path) -> str:
     """The section's table, in Markdown; says so where nothing was measured yet."""
-    path = RESULTS / "packing.json"
+    path = folder / "packing.json"
     if not path.exists():
         return "Not measured yet."
     data = json.loads(path.read_text())
@@ -318,48 +191,3 @@ def packing() -> str:
         cells.append(f"{ours['extra_mib'] / stock['extra_mib']:.0%}" if known else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-SECTIONS = {
-    "grpo": grpo,
-    "trainers": trainers,
-    "plan": plan,
-    "longest": longest,
-    "linear_logprob": linear_logprob,
-    "lora_fold": lora_fold,
-    "lora": lora,
-    "blocks": blocks,
-    "attention": attention,
-    "packing": packing,
-}
-
-
-def rendered(page: str) -> str:
-    """The page with every marked section as the JSON has it.
-
-    Raises:
-        ValueError: A section's markers are missing.
-    """
-    for name, section in SECTIONS.items():
-        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if start not in page or end not in page:
-            raise ValueError(f"docs/benchmarks.md has no section between '{start}' and '{end}'; put the markers back.")
-        before, after = page.split(start)[0], page.split(end)[1]
-        page = f"{before}{start}\n{section()}\n{end}{after}"
-    return page
-
-
-def main(arguments: list[str]) -> int:
-    """Write the page, or with `--check` say whether it differs."""
-    page = PAGE.read_text()
-    wanted = rendered(page)
-    if "--check" in arguments:
-        if page != wanted:
-            print("docs/benchmarks.md is not what the JSON says: run python -m benchmarks.tables", file=sys.stderr)
-        return int(page != wanted)
-    PAGE.write_text(wanted)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
