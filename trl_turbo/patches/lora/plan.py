@@ -15,8 +15,6 @@ from torch import nn
 
 from trl_turbo.kernels.lora import Adapter, Base, Dense, EightBit, FourBit, Projection
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 class Left(Exception):  # noqa: N818 (not an error)
     """The layer runs PEFT's own forward; says why, or nothing where PEFT's forward is all there is to do."""
@@ -69,9 +67,15 @@ def identity(found: Projection, layer: Any) -> tuple[Any, ...]:
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether calling these runs more than the forward of their class."""
-    return nn.modules.module._has_any_global_hook() or any(
-        "forward" in vars(m) or any(getattr(m, name) for name in _HOOKS) for m in modules
-    )
+    if nn.modules.module._has_any_global_hook():
+        return True
+    for module in modules:  # asked of each linear in each pass, so without a lookup through nn.Module.__getattr__
+        own = vars(module)
+        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return True
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+    return False
 
 
 def is_lora(module: Any) -> bool:
