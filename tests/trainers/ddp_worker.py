@@ -44,7 +44,8 @@ PACKED = ("GRPO-lora-checkpointed", "DPO-checkpointed", "OnlineDPO-lora")
 LABELS = sorted([*CASES, *(f"{label}-packed" for label in PACKED)])
 
 
-def _train(case: Case) -> dict[str, Any] | str:
+def trained(case: Case, **features: bool) -> dict[str, Any] | str:
+    """Stock, perturbed and patched runs of a case, or why there are none."""
     if case.missing():
         return case.missing()
     try:
@@ -52,7 +53,7 @@ def _train(case: Case) -> dict[str, Any] | str:
     except RuntimeError as error:
         return f"stock fails in two processes: {error}"[:200]
     perturbed = [run(case, variant) for variant in VARIANTS[1:]]
-    return {"stock": plain, "perturbed": perturbed, **_patched(case)}
+    return {"stock": plain, "perturbed": perturbed, **_patched(case, **features)}
 
 
 def _patched(case: Case, **features: bool) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     for variant in VARIANTS:
         folder("qwen2", variant)
-    found = {label: _train(case) for label, case in CASES.items()}
+    found = {label: trained(case) for label, case in CASES.items()}
     for label in PACKED:
         plain = found[label]
         found[f"{label}-packed"] = plain if isinstance(plain, str) else {**plain, **_packed(CASES[label])}

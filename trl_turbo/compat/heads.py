@@ -89,6 +89,11 @@ def _linear_head(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]
     return Head(call, weight=weight, bias=module.bias, in_fp32=in_fp32)
 
 
+def active_copy(module: nn.Module) -> nn.Module | None:
+    """What PEFT's `modules_to_save` wrapper calls now, or the module itself; `None` where that is unclear."""
+    return _active_module(module)[0]
+
+
 def _active_module(module: Any) -> tuple[nn.Module | None, str]:
     """See through PEFT's `modules_to_save` wrapper: the copy in use, or the original while adapters are off."""
     copies = getattr(module, "modules_to_save", None)

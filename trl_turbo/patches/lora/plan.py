@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl_turbo.compat.sharded import is_sharded
 from trl_turbo.kernels.lora import Adapter, Base, Dense, EightBit, FourBit, Projection
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -163,7 +164,7 @@ def _eight_bit(module: Any, x_dtype: torch.dtype, device: torch.device, autocast
 
 def _reachable(*tensors: torch.Tensor, device: torch.device) -> None:
     for tensor in tensors:
-        if hasattr(tensor, "ds_id") or type(tensor.data).__name__ == "DTensor" or _flattened(tensor):
+        if is_sharded(tensor) or _flattened(tensor):
             raise Left("weights that are sharded, or stand for a parameter, run PEFT's own forward")
         if tensor.device != device:
             raise Left("weights on another device than their input run PEFT's own forward")

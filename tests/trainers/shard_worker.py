@@ -1,0 +1,127 @@
+"""Train on sharded parameters in one of several processes, stock and patched; started by `test_sharded`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch as replaced
+
+import torch
+
+from trl_turbo.patches.logprob import forward, fused_head
+
+from .adapters import lora
+from .ddp_worker import trained
+from .models import VARIANTS, folder, load
+from .parity import TRL_HAS_FUSED_HEAD, patched
+from .rule import ulp
+from .runs import Case
+from .sharded import deepspeed_on_cpu, fsdp2_on_cpu, not_zero3, zero
+from .test_no_logits import BUDGET_BYTES, Largest, largest
+
+STEPS: dict[str, Any] = {"max_steps": 2}
+# Without its checkpointing, accelerate's DDP looks for unused parameters; here it is there for the kernels
+CHECKPOINTED = {**STEPS, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _every_linear_a_unit(trainer: Any) -> None:
+    """The head, too: it is taken apart again right after its call."""
+    trainer.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = ["Linear"]
+
+
+def _layers_are_units(trainer: Any) -> None:
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.transformer_cls_names_to_wrap = None
+
+
+COMMON: dict[str, Case] = {
+    "GRPO": Case("GRPO", {**CHECKPOINTED, "beta": 0.1}),
+    "GRPO-lora": Case("GRPO", {**STEPS, "beta": 0.1}, "qwen2-untied", peft=lora(*LINEARS)),
+    "RLOO": Case("RLOO", {**STEPS, "beta": 0.1}, "qwen2-untied"),
+    "RLOO-lora": Case("RLOO", {**CHECKPOINTED, "beta": 0.1}, peft=lora(*LINEARS)),
+    "DPO": Case("DPO", {**STEPS, "per_device_train_batch_size": 2}),
+    "DPO-lora": Case(
+        "DPO", {**CHECKPOINTED, "per_device_train_batch_size": 2}, "qwen2-untied", peft=lora("q_proj", "v_proj", "o_proj")
+    ),
+    # From the model itself: OnlineDPO loads one with a device_map, which ZeRO-3 refuses
+    "OnlineDPO": Case("OnlineDPO", {**CHECKPOINTED, "per_device_train_batch_size": 2}, "qwen2-untied", model=load),
+    "OnlineDPO-lora": Case("OnlineDPO", {**STEPS, "per_device_train_batch_size": 2}, model=load, peft=lora(*LINEARS)),
+}
+ALONE: dict[str, dict[str, Case]] = {
+    "fsdp2": {
+        "OnlineDPO-head-of-its-own": Case(
+            "OnlineDPO",
+            {**STEPS, "per_device_train_batch_size": 2},
+            "qwen2-untied",
+            model=load,
+            prepare=_every_linear_a_unit,
+        )
+    },
+    "zero2": {},
+    "zero3": {
+        "OnlineDPO-saved-head": Case(
+            "OnlineDPO",
+            {**STEPS, "per_device_train_batch_size": 2},
+            "qwen2-untied",
+            model=load,
+            peft=lora(modules_to_save=["lm_head"]),
+        )
+    },
+}
+KINDS = tuple(ALONE)
+# What makes no logits in which all rows are scored at once; stock makes them where TRL has no fused head
+WITHOUT_LOGITS = ("GRPO", "DPO", "OnlineDPO")
+
+
+def cases(kind: str) -> dict[str, Case]:
+    """The trainings under `fsdp2`, `zero2` or `zero3`."""
+    options = zero(int(kind[-1])) if kind.startswith("zero") else {}
+    found = {**COMMON, **ALONE[kind]}
+    for case in found.values():
+        case.options = {**case.options, **options}
+        if case.prepare is not _every_linear_a_unit:
+            case.prepare = _layers_are_units
+    return found
+
+
+def _sizes(case: Case) -> dict[str, Largest]:
+    """The largest tensors of a patched run in small tiles, and of stock."""
+    found = {}
+    with ExitStack() as stack:
+        path = stack.enter_context(patched())
+        for module in (forward, fused_head):
+            small = partial(module.linear_logprob, byte_budget=BUDGET_BYTES)
+            stack.enter_context(replaced.object(module, "linear_logprob", small))
+        found["patched"] = largest(case)
+    assert path.kernel
+    if not TRL_HAS_FUSED_HEAD or case.trainer == "OnlineDPO":
+        found["stock"] = largest(case)
+    return {name: {"any": seen.any, "of_vocabulary": seen.of_vocabulary} for name, seen in found.items()}
+
+
+def main(kind: str, out: str) -> None:
+    torch.set_num_threads(1)
+    with not_zero3():
+        for family in ("qwen2", "qwen2-untied"):
+            for variant in VARIANTS:
+                folder(family, variant, ulp(torch.float32))
+    if kind == "fsdp2":
+        fsdp2_on_cpu()
+    else:
+        deepspeed_on_cpu()
+    found: dict[str, Any] = {}
+    for label, case in cases(kind).items():
+        found[label] = trained(case)
+        if label in WITHOUT_LOGITS and not isinstance(found[label], str):
+            found[label]["sizes"] = _sizes(case)
+    torch.save(found, Path(out) / f"rank-{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
