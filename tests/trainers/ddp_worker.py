@@ -61,7 +61,7 @@ def _patched(case: Case, **features: bool) -> dict[str, Any]:
         ours = run(case)
     # Requests hold functions, which do not travel: what is asked of them is whether all were answered
     unanswered = [request for request in path.requests if not request.answered]
-    assert not unanswered
+    assert not unanswered, path.notes
     return {"patched": ours, "path": Way([], path.kernel[:1], 0, path.notes, path.others)}
 
 

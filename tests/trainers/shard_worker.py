@@ -48,8 +48,14 @@ COMMON: dict[str, Case] = {
     "DPO-lora": Case(
         "DPO", {**CHECKPOINTED, "per_device_train_batch_size": 2}, "qwen2-untied", peft=lora("q_proj", "v_proj", "o_proj")
     ),
-    # From the model itself: OnlineDPO loads one with a device_map, which ZeRO-3 refuses
-    "OnlineDPO": Case("OnlineDPO", {**CHECKPOINTED, "per_device_train_batch_size": 2}, "qwen2-untied", model=load),
+    # ZeRO-3 refuses the device_map with which OnlineDPO loads a model by name, and the way in which it copies one
+    "OnlineDPO": Case(
+        "OnlineDPO",
+        {**CHECKPOINTED, "per_device_train_batch_size": 2},
+        "qwen2-untied",
+        model=load,
+        extra=lambda path: {"ref_model": load(path)},
+    ),
     "OnlineDPO-lora": Case("OnlineDPO", {**STEPS, "per_device_train_batch_size": 2}, model=load, peft=lora(*LINEARS)),
 }
 ALONE: dict[str, dict[str, Case]] = {
@@ -104,7 +110,7 @@ def _sizes(case: Case) -> dict[str, Largest]:
     return {name: {"any": seen.any, "of_vocabulary": seen.of_vocabulary} for name, seen in found.items()}
 
 
-def main(kind: str, out: str) -> None:
+def main(kind: str, out: str, *labels: str) -> None:
     torch.set_num_threads(1)
     with not_zero3():
         for family in ("qwen2", "qwen2-untied"):
@@ -116,6 +122,8 @@ def main(kind: str, out: str) -> None:
         deepspeed_on_cpu()
     found: dict[str, Any] = {}
     for label, case in cases(kind).items():
+        if labels and label not in labels:
+            continue
         found[label] = trained(case)
         if label in WITHOUT_LOGITS and not isinstance(found[label], str):
             found[label]["sizes"] = _sizes(case)

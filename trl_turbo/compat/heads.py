@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl_turbo.compat.sharded import foreign_hooks
+
 
 @dataclass(frozen=True)
 class Head:
@@ -61,7 +63,7 @@ def describe_head(module: nn.Module) -> Head:
 
 
 def _inner_head(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> Head:
-    if module._forward_hooks or module._forward_pre_hooks:
+    if foreign_hooks(module):
         return Head(call, reason="a layer inside the head carries hooks")
     return replace(describe_head(module), module=call)
 
