@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 from pathlib import Path
@@ -85,6 +86,7 @@ def _packed(case: Case) -> dict[str, Any]:
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py: accelerate collects garbage in every run
     for variant in VARIANTS:
         folder("qwen2", variant)
     found = {label: trained(case) for label, case in CASES.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,10 @@ from unittest.mock import patch as replaced
 
 import torch
 
+from trl_turbo.patches.blocks import mlp, norms, rope
 from trl_turbo.patches.logprob import forward, fused_head
+from trl_turbo.patches.lora import group, layers
+from trl_turbo.patches.lora import mlp as lora_mlp
 
 from .adapters import lora
 from .ddp_worker import trained
@@ -39,30 +44,28 @@ def _layers_are_units(trainer: Any) -> None:
         plugin.transformer_cls_names_to_wrap = None
 
 
+PAIRS = {"per_device_train_batch_size": 2}
 COMMON: dict[str, Case] = {
     "GRPO": Case("GRPO", {**CHECKPOINTED, "beta": 0.1}),
     "GRPO-lora": Case("GRPO", {**STEPS, "beta": 0.1}, "qwen2-untied", peft=lora(*LINEARS)),
     "RLOO": Case("RLOO", {**STEPS, "beta": 0.1}, "qwen2-untied"),
-    "RLOO-lora": Case("RLOO", {**CHECKPOINTED, "beta": 0.1}, peft=lora(*LINEARS)),
-    "DPO": Case("DPO", {**STEPS, "per_device_train_batch_size": 2}),
-    "DPO-lora": Case(
-        "DPO", {**CHECKPOINTED, "per_device_train_batch_size": 2}, "qwen2-untied", peft=lora("q_proj", "v_proj", "o_proj")
-    ),
+    "DPO": Case("DPO", {**STEPS, **PAIRS}),
+    "DPO-lora": Case("DPO", {**CHECKPOINTED, **PAIRS}, "qwen2-untied", peft=lora("q_proj", "v_proj", "o_proj")),
     # ZeRO-3 refuses the device_map with which OnlineDPO loads a model by name, and the way in which it copies one
     "OnlineDPO": Case(
         "OnlineDPO",
-        {**CHECKPOINTED, "per_device_train_batch_size": 2},
+        {**CHECKPOINTED, **PAIRS},
         "qwen2-untied",
         model=load,
         extra=lambda path: {"ref_model": load(path)},
     ),
-    "OnlineDPO-lora": Case("OnlineDPO", {**STEPS, "per_device_train_batch_size": 2}, model=load, peft=lora(*LINEARS)),
+    "OnlineDPO-lora": Case("OnlineDPO", {**STEPS, **PAIRS}, model=load, peft=lora(*LINEARS)),
 }
 ALONE: dict[str, dict[str, Case]] = {
     "fsdp2": {
         "OnlineDPO-head-of-its-own": Case(
             "OnlineDPO",
-            {**STEPS, "per_device_train_batch_size": 2},
+            {**STEPS, **PAIRS},
             "qwen2-untied",
             model=load,
             prepare=_every_linear_a_unit,
@@ -72,7 +75,7 @@ ALONE: dict[str, dict[str, Case]] = {
     "zero3": {
         "OnlineDPO-saved-head": Case(
             "OnlineDPO",
-            {**STEPS, "per_device_train_batch_size": 2},
+            {**STEPS, **PAIRS},
             "qwen2-untied",
             model=load,
             peft=lora(modules_to_save=["lm_head"]),
@@ -80,6 +83,14 @@ ALONE: dict[str, dict[str, Case]] = {
     },
 }
 KINDS = tuple(ALONE)
+KERNELS = (
+    (norms, "rms_norm"),
+    (rope, "rope"),
+    (mlp, "gated"),
+    (layers, "lora_linear"),
+    (group, "lora_qkv"),
+    (lora_mlp, "lora_mlp"),
+)
 # What makes no logits in which all rows are scored at once; stock makes them where TRL has no fused head
 WITHOUT_LOGITS = ("GRPO", "DPO", "OnlineDPO")
 
@@ -95,9 +106,9 @@ def cases(kind: str) -> dict[str, Case]:
     return found
 
 
-def _sizes(case: Case) -> dict[str, Largest]:
-    """The largest tensors of a patched run in small tiles, and of stock."""
-    found = {}
+def _sizes(case: Case) -> dict[str, tuple[int, str]]:
+    """The largest tensors as long as the vocabulary, of a patched run in small tiles and of stock."""
+    found: dict[str, Largest] = {}
     with ExitStack() as stack:
         path = stack.enter_context(patched())
         for module in (forward, fused_head):
@@ -107,11 +118,31 @@ def _sizes(case: Case) -> dict[str, Largest]:
     assert path.kernel
     if not TRL_HAS_FUSED_HEAD or case.trainer == "OnlineDPO":
         found["stock"] = largest(case)
-    return {name: {"any": seen.any, "of_vocabulary": seen.of_vocabulary} for name, seen in found.items()}
+    return {name: seen.of_vocabulary for name, seen in found.items()}
 
 
-def main(kind: str, out: str, *labels: str) -> None:
+def _counted(case: Case) -> dict[str, Any] | str:
+    """As `trained`; of the patched run also how often each kernel beside the log-prob's was called."""
+    ran: Counter[str] = Counter()
+
+    def counting(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ran[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for module, name in KERNELS:
+            stack.enter_context(replaced.object(module, name, counting(name, getattr(module, name))))
+        found = trained(case)
+    return found if isinstance(found, str) else {**found, "ran": ran}
+
+
+def main(kind: str, *rest: str) -> None:
+    *labels, out = rest
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py: accelerate collects garbage in every run
     with not_zero3():
         for family in ("qwen2", "qwen2-untied"):
             for variant in VARIANTS:
@@ -124,7 +155,7 @@ def main(kind: str, out: str, *labels: str) -> None:
     for label, case in cases(kind).items():
         if labels and label not in labels:
             continue
-        found[label] = trained(case)
+        found[label] = _counted(case)
         if label in WITHOUT_LOGITS and not isinstance(found[label], str):
             found[label]["sizes"] = _sizes(case)
     torch.save(found, Path(out) / f"rank-{torch.distributed.get_rank()}.pt")

@@ -1,15 +1,14 @@
 """FSDP2 and DeepSpeed ZeRO on the CPU, prepared by accelerate's own code.
 
 accelerate 1.15 gives a process on the CPU the type MULTI_CPU, and looks for FSDP under the types of GPUs alone
-(`AcceleratorState.__init__`), so that it wraps the model in DDP however it was launched. It leaves DeepSpeed out where it
-is told to use the CPU (`use_cpu`), and finds no backend where it is not (`PartialState._prepare_backend`). Here those two
-decisions are made as on GPUs. All that follows from them is theirs: `fully_shard` by `fsdp2_prepare_model`, the
-optimizer over DTensors, `deepspeed.initialize`, the collectives, by gloo.
+(`AcceleratorState.__init__`), so that it wraps the model in DDP however it was launched. It leaves DeepSpeed out where
+it is told to use the CPU (`use_cpu`), and finds no backend where it is not (`PartialState._prepare_backend`). Here
+those two decisions are made as on GPUs. All that follows from them is theirs: `fully_shard` by `fsdp2_prepare_model`,
+the optimizer over DTensors, `deepspeed.initialize`, the collectives, by gloo.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +24,7 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
 ZERO = {"DS_ACCELERATOR": "cpu"}
+ENVIRONMENT = {"fsdp2": FSDP2, "zero2": ZERO, "zero3": ZERO}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,8 +82,3 @@ def not_zero3() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
-
-
-def environment(kind: str) -> dict[str, str]:
-    """Of the processes, for `fsdp2` or a ZeRO stage."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP2 if kind == "fsdp2" else ZERO)}

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from trl_turbo.compat.sharded import own_class
 from trl_turbo.kernels.rope import rope
 from trl_turbo.patches.blocks.agreement import autocast_dtype, choose, generator, judge
-from trl_turbo.compat.sharded import own_class
 from trl_turbo.patches.blocks.classes import other_kernels, runs_plainly, unreachable
 from trl_turbo.patching import Replacement, extend, replacement_of
 from trl_turbo.report import note

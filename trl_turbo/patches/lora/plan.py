@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_turbo.compat.sharded import is_sharded
+from trl_turbo.compat.sharded import is_sharded, is_zero3
 from trl_turbo.kernels.lora import Adapter, Base, Dense, EightBit, FourBit, Projection
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -109,6 +109,8 @@ def _base(
     kind = "dense" if type(module) is nn.Linear else _quantised(module)
     if kind is None:
         raise Left(f"a base of {type(module).__name__} runs PEFT's own forward")
+    if is_zero3(module.weight):
+        raise Left("weights that ZeRO-3 gathers for a linear's own call run PEFT's own forward")
     if hooked(module):
         raise Left(
             "layers with hooks on their base, or a base that was moved to another device, run PEFT's own forward"
