@@ -34,7 +34,7 @@ def causal_lms(model: Any) -> Iterator[Any]:
 
 
 def _hook(model: Any) -> None:
-    owner = own_class(model)
+    owner: Any = own_class(model)
     extend(PATCH, Replacement(owner, "forward", make_forward))
     own = vars(model).get("forward")
     if own is not None and not _leads_to(own, owner.forward):
