@@ -29,15 +29,14 @@ ENVIRONMENT = {"fsdp2": FSDP2, "zero2": ZERO, "zero3": ZERO}
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of all of a parameter or gradient; every rank must ask for it."""
-    tensor = tensor.detach() if not hasattr(tensor, "ds_id") else tensor
     if hasattr(tensor, "full_tensor"):
-        return tensor.full_tensor().clone()
-    if hasattr(tensor, "ds_id"):
+        return tensor.detach().full_tensor().clone()
+    if hasattr(tensor, "ds_status"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
-    return tensor.clone()
+    return tensor.detach().clone()
 
 
 def fsdp2_on_cpu() -> None:
