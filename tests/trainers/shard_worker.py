@@ -14,6 +14,7 @@ from unittest.mock import patch as replaced
 import torch
 
 from trl_turbo.patches.blocks import mlp, norms, rope
+from trl_turbo.patches.checkpointing import tiled
 from trl_turbo.patches.logprob import forward, fused_head
 from trl_turbo.patches.lora import group, layers
 from trl_turbo.patches.lora import mlp as lora_mlp
@@ -44,12 +45,17 @@ def _layers_are_units(trainer: Any) -> None:
         plugin.transformer_cls_names_to_wrap = None
 
 
+def _another_reference(path: str) -> dict[str, Any]:
+    """Not the policy itself: where rewards are zero but for rounding, it decides which of two is the better one."""
+    return {"ref_model": load(folder("qwen2" if "untied" in path else "qwen2-untied", "plain", ulp(torch.float32)))}
+
+
 PAIRS = {"per_device_train_batch_size": 2}
 COMMON: dict[str, Case] = {
     "GRPO": Case("GRPO", {**CHECKPOINTED, "beta": 0.1}),
     "GRPO-lora": Case("GRPO", {**STEPS, "beta": 0.1}, "qwen2-untied", peft=lora(*LINEARS)),
     "RLOO": Case("RLOO", {**STEPS, "beta": 0.1}, "qwen2-untied"),
-    "DPO": Case("DPO", {**STEPS, **PAIRS}),
+    "DPO": Case("DPO", {**STEPS, **PAIRS}, extra=_another_reference),
     "DPO-lora": Case("DPO", {**CHECKPOINTED, **PAIRS}, "qwen2-untied", peft=lora("q_proj", "v_proj", "o_proj")),
     # ZeRO-3 refuses the device_map with which OnlineDPO loads a model by name, and the way in which it copies one
     "OnlineDPO": Case(
@@ -57,7 +63,7 @@ COMMON: dict[str, Case] = {
         {**CHECKPOINTED, **PAIRS},
         "qwen2-untied",
         model=load,
-        extra=lambda path: {"ref_model": load(path)},
+        extra=_another_reference,
     ),
     "OnlineDPO-lora": Case("OnlineDPO", {**STEPS, **PAIRS}, model=load, peft=lora(*LINEARS)),
 }
@@ -68,6 +74,7 @@ ALONE: dict[str, dict[str, Case]] = {
             {**STEPS, **PAIRS},
             "qwen2-untied",
             model=load,
+            extra=_another_reference,
             prepare=_every_linear_a_unit,
         )
     },
@@ -83,6 +90,12 @@ ALONE: dict[str, dict[str, Case]] = {
     },
 }
 KINDS = tuple(ALONE)
+# Off by default; what is on by default is on in all of them
+FEATURES: dict[str, dict[str, bool]] = {
+    "GRPO": {"mlp_tiling": True},
+    "DPO": {"packing": True},
+    "DPO-lora": {"attention": True},
+}
 KERNELS = (
     (norms, "rms_norm"),
     (rope, "rope"),
@@ -90,6 +103,7 @@ KERNELS = (
     (layers, "lora_linear"),
     (group, "lora_qkv"),
     (lora_mlp, "lora_mlp"),
+    (tiled, "tiled"),
 )
 # What makes no logits in which all rows are scored at once; stock makes them where TRL has no fused head
 WITHOUT_LOGITS = ("GRPO", "DPO", "OnlineDPO")
@@ -121,7 +135,7 @@ def _sizes(case: Case) -> dict[str, tuple[int, str]]:
     return {name: seen.of_vocabulary for name, seen in found.items()}
 
 
-def _counted(case: Case) -> dict[str, Any] | str:
+def _counted(case: Case, features: dict[str, bool]) -> dict[str, Any] | str:
     """As `trained`; of the patched run also how often each kernel beside the log-prob's was called."""
     ran: Counter[str] = Counter()
 
@@ -135,7 +149,8 @@ def _counted(case: Case) -> dict[str, Any] | str:
     with ExitStack() as stack:
         for module, name in KERNELS:
             stack.enter_context(replaced.object(module, name, counting(name, getattr(module, name))))
-        found = trained(case)
+        stack.enter_context(replaced.object(tiled, "TILE_ROWS", 16))
+        found = trained(case, **features)
     return found if isinstance(found, str) else {**found, "ran": ran}
 
 
@@ -155,7 +170,7 @@ def main(kind: str, *rest: str) -> None:
     for label, case in cases(kind).items():
         if labels and label not in labels:
             continue
-        found[label] = _counted(case)
+        found[label] = _counted(case, FEATURES.get(label, {}))
         if label in WITHOUT_LOGITS and not isinstance(found[label], str):
             found[label]["sizes"] = _sizes(case)
     torch.save(found, Path(out) / f"rank-{torch.distributed.get_rank()}.pt")

@@ -60,10 +60,17 @@ def test_kernels_are_on(ranks: list[dict[str, Any]], label: str, request: pytest
         expected |= {"lora_mlp"}
     if not everywhere:
         expected |= {"gated"}
+    if label == "GRPO" and kind != "zero3":
+        expected |= {"tiled"}
     for rank in ranks:
         ran, notes = set(rank[label]["ran"]), rank[label]["path"].others
         assert expected <= ran
         assert LORA[kind] or not any(name.startswith("lora") for name in ran)
+        assert any("before its tiles are made again" in note for note in notes) == (label == "GRPO" and kind == "zero3")
+        # Packed rows and attention of their own
+        assert any("its parameters are sharded" in note for note in notes) == (
+            label.startswith("DPO") and kind != "zero2"
+        )
         assert any("ZeRO-3 gathers" in note for note in notes) == (adapted and not LORA[kind])
 
 
