@@ -72,11 +72,11 @@ def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _whole(mlp: nn.Module) -> str | None:
     """Why an MLP cannot be cut, or `None`."""
+    if any(map(is_zero3, mlp.parameters())):
+        return "has parameters that ZeRO-3 takes apart before its tiles are made again"
     for module in mlp.modules():
         if isinstance(module, nn.Dropout) and module.p and module.training:
             return "drops out inside, and tiles would draw other numbers"
         if module is not mlp and ("forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)):
             return "has hooks inside, which would see tiles"
-    if any(map(is_zero3, mlp.parameters())):
-        return "has parameters that ZeRO-3 takes apart before its tiles are made again"
     return unreachable(*mlp.parameters())
