@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 from pathlib import Path
@@ -44,7 +45,8 @@ PACKED = ("GRPO-lora-checkpointed", "DPO-checkpointed", "OnlineDPO-lora")
 LABELS = sorted([*CASES, *(f"{label}-packed" for label in PACKED)])
 
 
-def _train(case: Case) -> dict[str, Any] | str:
+def trained(case: Case, **features: bool) -> dict[str, Any] | str:
+    """Stock, perturbed and patched runs of a case, or why there are none."""
     if case.missing():
         return case.missing()
     try:
@@ -52,7 +54,7 @@ def _train(case: Case) -> dict[str, Any] | str:
     except RuntimeError as error:
         return f"stock fails in two processes: {error}"[:200]
     perturbed = [run(case, variant) for variant in VARIANTS[1:]]
-    return {"stock": plain, "perturbed": perturbed, **_patched(case)}
+    return {"stock": plain, "perturbed": perturbed, **_patched(case, **features)}
 
 
 def _patched(case: Case, **features: bool) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def _patched(case: Case, **features: bool) -> dict[str, Any]:
         ours = run(case)
     # Requests hold functions, which do not travel: what is asked of them is whether all were answered
     unanswered = [request for request in path.requests if not request.answered]
-    assert not unanswered
+    assert not unanswered, path.notes
     return {"patched": ours, "path": Way([], path.kernel[:1], 0, path.notes, path.others)}
 
 
@@ -84,9 +86,10 @@ def _packed(case: Case) -> dict[str, Any]:
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py: accelerate collects garbage in every run
     for variant in VARIANTS:
         folder("qwen2", variant)
-    found = {label: _train(case) for label, case in CASES.items()}
+    found = {label: trained(case) for label, case in CASES.items()}
     for label in PACKED:
         plain = found[label]
         found[f"{label}-packed"] = plain if isinstance(plain, str) else {**plain, **_packed(CASES[label])}

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, set_seed
 
 from .models import VOCAB, folder, load, load_tokenizer, scratch
 from .rule import Outcome, ulp
+from .sharded import whole
 
 WORDS = ("12+7=", "a longer prompt 3*4=", "x", "8-5=", "q: 2+2 a:", "99/3=", "zz", "7*8=")
 # Not reproducible, or rounded where it is logged (the loss: it is taken from every training step instead)
@@ -150,17 +151,16 @@ def build(case: Case, variant: str = "plain") -> Any:
 def train(trainer: Any, **kwargs: Any) -> Outcome:
     """Train, and keep every loss, metric, gradient norm, the last gradients and what was added to the weights."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = {name: whole(parameter) for name, parameter in model.named_parameters()}
     seen = Outcome({"training loss": [], "norm of the gradient": []}, {"gradient": {}, "update": {}})
 
     def stepping(optimizer: Any, *_: Any) -> None:
-        grads = {
-            names[id(p)]: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        }
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = {names[id(p)]: whole(p.grad) for p in trained if id(p) in names}  # ZeRO steps flat parts of its own
         norms = [grad.double().norm() for grad in grads.values()]
         seen.series["norm of the gradient"].append(torch.stack(norms).norm().item() if norms else 0.0)
-        seen.tensors["gradient"] = {name: grad.detach().clone() for name, grad in grads.items()}
+        seen.tensors["gradient"] = grads
 
     step = trainer.training_step
 
@@ -182,10 +182,11 @@ def train(trainer: Any, **kwargs: Any) -> Outcome:
             if isinstance(value, (int, float)) and name not in ROUNDED and not any(word in name for word in VOLATILE):
                 seen.series.setdefault(name, []).append(float(value))
     for name, parameter in model.named_parameters():
-        update = parameter.detach().double() - before[name].double()
+        after = whole(parameter).double()
+        update = after - before[name].double()
         if parameter.requires_grad:
             seen.tensors["update"][name] = update
-            seen.stored[name] = parameter.detach().double().norm().item()
+            seen.stored[name] = after.norm().item()
         else:
             assert not update.any(), f"{name} is frozen and was changed"
     return seen

@@ -51,7 +51,8 @@ class Largest(TorchDispatchMode):
                 elements = min(leaf.numel(), leaf.untyped_storage().nbytes() // leaf.itemsize)
                 found = elements, f"{func} {tuple(leaf.shape)}"
                 self.any = max(self.any, found)
-                if VOCAB in leaf.shape and sorted(leaf.shape) != [HIDDEN, VOCAB]:  # the head, its gradient
+                head = sorted(leaf.shape) == [HIDDEN, VOCAB] or not leaf.is_floating_point()  # its bytes on their way
+                if VOCAB in leaf.shape and not head:  # nor its gradient
                     self.of_vocabulary = max(self.of_vocabulary, found)
         return result
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl_turbo.compat.sharded import foreign_hooks
+
 
 @dataclass(frozen=True)
 class Head:
@@ -61,7 +63,7 @@ def describe_head(module: nn.Module) -> Head:
 
 
 def _inner_head(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> Head:
-    if module._forward_hooks or module._forward_pre_hooks:
+    if foreign_hooks(module):
         return Head(call, reason="a layer inside the head carries hooks")
     return replace(describe_head(module), module=call)
 
@@ -87,6 +89,11 @@ def _linear_head(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         return Head(call, reason="the head's weight is not a floating-point matrix")
     return Head(call, weight=weight, bias=module.bias, in_fp32=in_fp32)
+
+
+def active_copy(module: nn.Module) -> nn.Module | None:
+    """What PEFT's `modules_to_save` wrapper calls now, or the module itself; `None` where that is unclear."""
+    return _active_module(module)[0]
 
 
 def _active_module(module: Any) -> tuple[nn.Module | None, str]:

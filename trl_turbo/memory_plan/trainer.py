@@ -38,10 +38,13 @@ def plan(trainer: Any) -> MemoryPlan:
 
     Raises:
         TypeError: It is none of these trainers.
+        ValueError: It is sharded over processes.
     """
     kind = next((KINDS[scope.__name__] for scope in type(trainer).__mro__ if scope.__name__ in KINDS), None)
     if kind is None:
         raise TypeError(f"there is no plan for a {type(trainer).__name__}; pass a {', a '.join(KINDS)}")
+    if _sharded(trainer):
+        raise ValueError("FSDP or DeepSpeed spreads the model over processes; a plan is of one device that has it all")
     model = trainer.accelerator.unwrap_model(trainer.model)
     policy = getattr(model, "policy", model)  # PPO's wrapper of policy and value model
     sizes = model_sizes.of_model(policy)
@@ -55,6 +58,10 @@ def plan(trainer: Any) -> MemoryPlan:
         context_bytes=context,
         known=dict(_known(trainer, policy, sizes.weight_bytes, engine)),
     )
+
+
+def _sharded(trainer: Any) -> bool:
+    return bool(getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False))
 
 
 def _settings(trainer: Any, kind: str, sizes: Any, engine: Any) -> Settings:

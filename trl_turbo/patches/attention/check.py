@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from trl_turbo.compat.sharded import is_sharded
 from trl_turbo.patches.attention.interface import UnsupportedAttentionError, register
 from trl_turbo.patches.attention.layers import attention_layers, hook_kinds
 from trl_turbo.patches.attention.layout import KEYWORD, NAME, Layout, no_mask
@@ -107,7 +108,7 @@ def _unfit(model: Any) -> str | None:
             return "it is compiled by torch.compile"
         if type(module).__name__ == "FullyShardedDataParallel":
             return "its parameters are sharded"
-    if any(hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor" for p in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         return "its parameters are sharded"
     layers = list(attention_layers(model))
     if not layers:

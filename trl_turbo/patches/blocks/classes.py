@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from trl_turbo.compat.sharded import own_class
 from trl_turbo.patches.blocks.agreement import autocast_dtype, judge
 from trl_turbo.patching import Replacement, extend, replacement_of
 from trl_turbo.report import note
@@ -90,7 +91,7 @@ class Verdicts(ABC, Generic[Form]):
     def answer(self, module: Any, state: State) -> tuple[Form | None, str]:
         """The form for modules configured like this one, or why there is none."""
         config = getattr(module, "config", None)
-        kind = (type(module), plain_attributes(module), id(config), state, self.traits(module))
+        kind = (own_class(module), plain_attributes(module), id(config), state, self.traits(module))
         if kind not in self._of_kind:
             self._kept.append(config)
             self._of_kind[kind] = judge(lambda: self.decide(module, state), state.device, state.autocast)
@@ -114,7 +115,7 @@ def adopt_classes(
     feature = verdicts.feature
     judges: dict[type, Verdicts[Any]] = {}
     for module in modules:
-        kind = type(module)
+        kind = own_class(module)
         reason = _taken(module) or unreachable(*module.parameters())
         if reason is None:
             ours = _adopted(kind, feature)
@@ -140,13 +141,11 @@ def unreachable(*tensors: torch.Tensor) -> str | None:
     for tensor in tensors:
         if tensor.is_meta:
             return "has parameters on the meta device"
-        if hasattr(tensor, "ds_id") or type(tensor.data).__name__ == "DTensor":
-            return "has sharded parameters"
     return None
 
 
 def runs_plainly(x: Any) -> bool:
-    """Whether a tensor in a forward is one that our ops take: no shard, no fake, nothing that a compiler traces."""
+    """Whether a tensor in a forward is one that our ops take: no DTensor, no fake, nothing that a compiler traces."""
     return type(x) in _TENSORS and x.is_floating_point() and not x.is_meta and not torch.compiler.is_compiling()
 
 

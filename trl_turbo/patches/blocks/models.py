@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from trl_turbo.patches import preparing
 from trl_turbo.patches.blocks import mlp, norms, rope
-from trl_turbo.patches.logprob.models import probe as probe
+from trl_turbo.patches.preparing import probe as probe
 from trl_turbo.patching import Replacement
 from trl_turbo.report import note
 
@@ -18,10 +18,10 @@ ADOPT: dict[str, Callable[[nn.Module], None]] = {"norms": norms.adopt, "rope": r
 
 
 def build(module: ModuleType, feature: str) -> Iterator[Replacement]:
-    """`Accelerator.prepare_model`, and DeepSpeed's way around it; what the models are made of follows as they come."""
-    for method in ("prepare_model", "_prepare_deepspeed"):
-        if hasattr(module.Accelerator, method):
-            yield Replacement(module.Accelerator, method, functools.partial(_adopted_first, feature))
+    """The ways in which `Accelerator` prepares a model; what the models are made of follows as they come."""
+    yield from preparing.before(
+        module, lambda accelerator, model: adopt(feature, model, compiles=_compiles(accelerator))
+    )
 
 
 def adopt(feature: str, model: nn.Module, *, compiles: bool = False) -> None:
@@ -37,17 +37,6 @@ def adopt(feature: str, model: nn.Module, *, compiles: bool = False) -> None:
         note(feature, f"{_name(model)}: {reason}; it is left alone")
     else:
         ADOPT[feature](model)
-
-
-def _adopted_first(feature: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for model in (*args, *kwargs.values()):
-            if isinstance(model, nn.Module):
-                adopt(feature, model, compiles=_compiles(self))
-        return original(self, *args, **kwargs)
-
-    return prepare
 
 
 def _compiles(accelerator: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from trl_turbo.compat.sharded import whole_shape
 from trl_turbo.kernels.rms_norm import rms_norm
 from trl_turbo.patches.blocks.agreement import choose, generator
 from trl_turbo.patches.blocks.classes import (
@@ -52,11 +53,11 @@ class NormVerdicts(Verdicts[NormForm]):
 
     def traits(self, module: Any) -> Hashable:
         """The width, too."""
-        return self.mark(module), module.weight.shape
+        return self.mark(module), whole_shape(module.weight)
 
     def decide(self, module: Any, state: State) -> tuple[NormForm | None, str]:
         """The form that agrees with the original."""
-        numbers, width, eps = generator(), module.weight.shape[0], _eps(module)
+        numbers, width, eps = generator(), whole_shape(module.weight)[0], _eps(module)
         rows = 2 * max(32, math.ceil(_ELEMENTS / 2 / width))
         x = torch.randn(2, rows // 2, width, generator=numbers)
         x[:, ::2] *= math.sqrt(eps)  # rows so small that it matters where eps is added
@@ -78,7 +79,7 @@ def make_forward(original: Forward) -> Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x: Any = only_argument(args, kwargs)
         weight = _weight(self)
-        if not (runs_plainly(x) and runs_plainly(weight)) or x.device != weight.device or hasattr(weight, "ds_id"):
+        if not (runs_plainly(x) and runs_plainly(weight)) or x.device != weight.device or weight.shape != x.shape[-1:]:
             return original(self, *args, **kwargs)
         form = verdicts.form(self, State.of(self, x))
         if form is None:
@@ -94,7 +95,7 @@ def _norms(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         weights = [p for p in module._parameters.values() if p is not None]
         alone = len(weights) == 1 and not module._modules and not module._buffers and isinstance(_eps(module), float)
-        if alone and module._parameters.get("weight") is weights[0] and weights[0].dim() == 1:
+        if alone and module._parameters.get("weight") is weights[0] and len(whole_shape(weights[0])) == 1:
             yield module
 
 

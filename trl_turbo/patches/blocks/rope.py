@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from trl_turbo.compat.sharded import own_class
 from trl_turbo.kernels.rope import rope
 from trl_turbo.patches.blocks.agreement import autocast_dtype, choose, generator, judge
 from trl_turbo.patches.blocks.classes import other_kernels, runs_plainly, unreachable
@@ -74,7 +75,7 @@ def adopt(model: nn.Module) -> None:
     parameter = next((p for p in model.parameters() if p.is_floating_point() and p.element_size() > 1), None)
     if parameter is None:
         return
-    for file in dict.fromkeys(sys.modules.get(type(module).__module__) for module in model.modules()):
+    for file in dict.fromkeys(sys.modules.get(own_class(module).__module__) for module in model.modules()):
         function = getattr(file, NAME, None)
         if file is None or function is None or _FORMS in vars(replacement_of(function) or function):
             continue

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl_turbo.compat.sharded import is_zero3, own_class
 from trl_turbo.kernels.lora.mlp import recomputes
 from trl_turbo.memory_plan.layer import TILE_ROWS
+from trl_turbo.patches import preparing
 from trl_turbo.patches.blocks.classes import only_argument, runs_our_lora, runs_plainly, unreachable
 from trl_turbo.patches.blocks.mlp import gated_mlps
 from trl_turbo.patches.checkpointing import inside
 from trl_turbo.patches.checkpointing.tiles import tiled
-from trl_turbo.patches.logprob.models import probe as probe
 from trl_turbo.patches.lora.mlp import linears_of
+from trl_turbo.patches.preparing import probe as probe
 from trl_turbo.patching import Replacement, extend
 from trl_turbo.report import note
 
@@ -31,8 +33,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def build(module: ModuleType) -> Iterator[Replacement]:
-    """`Accelerator.prepare_model`; the classes of MLPs follow as they come."""
-    yield Replacement(module.Accelerator, "prepare_model", _hooked_first)
+    """The ways in which `Accelerator` prepares a model; the classes of MLPs follow as they come."""
+    yield from preparing.before(module, lambda _, model: hook_model(model))
 
 
 def hook_model(model: Any) -> None:
@@ -43,7 +45,7 @@ def hook_model(model: Any) -> None:
         if "forward" in vars(mlp):
             note("mlp_tiling", f"{type(mlp).__name__}, which has a forward of its own on the instance, runs whole")
         else:
-            extend(PATCH, Replacement(type(mlp), "forward", make_forward))
+            extend(PATCH, Replacement(own_class(mlp), "forward", make_forward))
 
 
 def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,18 +72,11 @@ def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _whole(mlp: nn.Module) -> str | None:
     """Why an MLP cannot be cut, or `None`."""
+    if any(map(is_zero3, mlp.parameters())):
+        return "has parameters that ZeRO-3 takes apart before its tiles are made again"
     for module in mlp.modules():
         if isinstance(module, nn.Dropout) and module.p and module.training:
             return "drops out inside, and tiles would draw other numbers"
         if module is not mlp and ("forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)):
             return "has hooks inside, which would see tiles"
     return unreachable(*mlp.parameters())
-
-
-def _hooked_first(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def prepare_model(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        hook_model(model)
-        return original(self, model, *args, **kwargs)
-
-    return prepare_model

@@ -20,11 +20,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from trl_turbo.compat.heads import Head, describe_head
+from trl_turbo.compat.heads import Head
 from trl_turbo.kernels.linear_logprob import head_logprob, linear_logprob
 from trl_turbo.patches.logprob.output import FusedCausalLMOutput
 from trl_turbo.patches.logprob.pending import PendingLogits, UnsupportedLogitsOp
 from trl_turbo.patches.logprob.request import IGNORED, Request, active_request, entropy_has_gradient, next_token
+from trl_turbo.patches.logprob.whole import instead_of, on_instance, where_whole
 from trl_turbo.report import note
 
 if TYPE_CHECKING:
@@ -99,8 +100,6 @@ def _score(
     module = model.get_output_embeddings()
     if module is None:
         raise UnsupportedLogitsOp("the model has no output head (get_output_embeddings() is None)")
-    if any(_is_sharded(parameter) for parameter in module.parameters(recurse=True)):
-        raise UnsupportedLogitsOp("the head's parameters are sharded")
     kwargs = {k: v for k, v in kwargs.items() if k not in ("logits_to_keep", "num_logits_to_keep", "return_dict")}
     kwargs["use_cache"] = False
     kwargs.pop("output_hidden_states", None)  # a scoring pass reads none, and they would be kept until backward
@@ -111,7 +110,7 @@ def _score(
     if arranged is not None:
         args, kwargs = (), arranged.kwargs
     asked = targets if arranged is None else arranged.targets
-    with standing_in_for(module, model.config) as seen:
+    with standing_in_for(module, model.config, instead_of=instead_of(module)) as seen:
         outputs = original(model, *args, return_dict=True, **kwargs)
     if arranged is not None:
         arranged.ran()
@@ -126,7 +125,11 @@ def _score(
         asked = nn.functional.pad(asked, (hidden.size(1) - asked.size(1), 0), value=IGNORED)
 
     with seen.autocast():
-        stats = _statistics(describe_head(module), module, pending, asked.to(hidden.device), request)
+        stats = where_whole(
+            module,
+            hidden,
+            lambda head, rows: _statistics(head, module, pending.of(rows), asked.to(hidden.device), request),
+        )
     if arranged is not None and arranged.rows is not None:
         targets = targets.to(hidden.device)
         stats = {name: arranged.rows.spread(value) for name, value in stats.items()}
@@ -215,8 +218,14 @@ class _Seen:
 
 
 @contextmanager
-def standing_in_for(module: nn.Module, config: Any) -> Iterator[_Seen]:
-    """Within this scope an output head returns `PendingLogits` of the hidden states that it is called with."""
+def standing_in_for(module: nn.Module, config: Any, *, instead_of: str = "forward") -> Iterator[_Seen]:
+    """Within this scope an output head returns `PendingLogits` of the hidden states that it is called with.
+
+    Args:
+        module: The head.
+        config: The model's.
+        instead_of: The method that does not run: `forward`, or `_call_impl` for its hooks not to run either.
+    """
     seen = _Seen()
     vocab = getattr(module, "out_features", None) or config.get_text_config().vocab_size
 
@@ -227,17 +236,5 @@ def standing_in_for(module: nn.Module, config: Any) -> Iterator[_Seen]:
             seen.dtype = torch.get_autocast_dtype(seen.device)
         return PendingLogits(hidden, vocab)
 
-    own = vars(module).get("forward")
-    # nn.Module looks `forward` up on the instance first, so this needs no change to any class
-    vars(module)["forward"] = forward
-    try:
+    with on_instance(module, instead_of, forward):
         yield seen
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
-
-
-def _is_sharded(parameter: torch.Tensor) -> bool:
-    return hasattr(parameter, "ds_id") or type(parameter.data).__name__ == "DTensor"

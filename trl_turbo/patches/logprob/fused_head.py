@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, cast
 
 import torch
 
 from trl_turbo.compat.heads import describe_head
+from trl_turbo.compat.sharded import is_zero3
 from trl_turbo.kernels.linear_logprob import linear_logprob
 from trl_turbo.patches.logprob.forward import configure
 from trl_turbo.patches.logprob.hook import hook_models
@@ -22,6 +24,8 @@ from trl_turbo.patches.logprob.request import Request, entropy_gradient, entropy
 from trl_turbo.patching import Replacement
 
 NAME = "_ChunkedLogProbFunction"
+# What TRL gathers a head with under ZeRO-3, around the call and in its function's backward
+GATHER = "maybe_gather_lm_head_ctx"
 # TRL's name of a statistic -> what it takes of ours
 OUTPUTS = {
     "log_probs": ("logps",),
@@ -50,10 +54,10 @@ def probe(module: ModuleType) -> str | None:
 
 def build(module: ModuleType) -> Iterator[Replacement]:
     """TRL's autograd function, by a stand-in that chooses between both at each call."""
-    yield Replacement(module, NAME, _faster_of_both)
+    yield Replacement(module, NAME, functools.partial(_faster_of_both, module))
 
 
-def _faster_of_both(original: Any) -> Any:
+def _faster_of_both(module: ModuleType, original: Any) -> Any:
     class FusedLogProb:
         """Stands for TRL's function of the same call."""
 
@@ -70,7 +74,8 @@ def _faster_of_both(original: Any) -> Any:
             outputs: tuple[str, ...] = tuple(OUTPUTS)[1:],
         ) -> tuple[torch.Tensor | None, ...]:
             differentiated = torch.is_grad_enabled() and "entropy" in outputs and entropy_has_gradient()
-            if not ours_serves(hidden, weight, chunk_size, differentiated):
+            gather = getattr(module, GATHER, None) if is_zero3(weight) else None
+            if not ours_serves(hidden, weight, chunk_size, differentiated) or (is_zero3(weight) and gather is None):
                 return original.apply(
                     hidden,
                     weight,
@@ -82,23 +87,47 @@ def _faster_of_both(original: Any) -> Any:
                     logit_scale,
                     outputs,
                 )
-            found = linear_logprob(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                temperature=temperature,
-                softcap=final_logit_softcapping,
-                logit_scale=logit_scale,
-                outputs=wanted(outputs),
-                entropy_grad=differentiated,
-            )
+            with _kept_apart(gather, weight, bias):
+                found = linear_logprob(
+                    hidden,
+                    weight,
+                    targets,
+                    bias=bias,
+                    temperature=temperature,
+                    softcap=final_logit_softcapping,
+                    logit_scale=logit_scale,
+                    outputs=wanted(outputs),
+                    entropy_grad=differentiated,
+                )
             squares = None
             if found.logsumexp is not None and found.logsumexp2 is not None:
                 squares = found.logsumexp2 - 2 * found.logsumexp
             return found.logps, found.entropy, squares, found.mean_logit, found.top1
 
     return FusedLogProb
+
+
+@contextmanager
+def _kept_apart(gather: Any, *parameters: torch.Tensor | None) -> Iterator[None]:
+    """Within this scope the `parameters` that backward needs are gathered for it once more: by then they are parts."""
+    if gather is None:
+        yield
+        return
+    whole = {(p.data_ptr(), p.shape): p for p in parameters if p is not None}
+
+    def pack(saved: torch.Tensor) -> Any:
+        # Autograd hands on a detached parameter, which would keep all of it in memory
+        parameter = whole.get((saved.data_ptr(), saved.shape))
+        return saved if parameter is None else (parameter,)
+
+    def unpack(kept: Any) -> torch.Tensor:
+        if not isinstance(kept, tuple):
+            return kept
+        with gather(*kept):
+            return kept[0].detach().clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def ours_serves(hidden: torch.Tensor, weight: torch.Tensor, chunk_size: int, entropy_differentiated: bool) -> bool:
@@ -110,8 +139,6 @@ def ours_serves(hidden: torch.Tensor, weight: torch.Tensor, chunk_size: int, ent
         chunk_size: Width of TRL's tile of logits.
         entropy_differentiated: Whether a gradient flows through the entropy.
     """
-    if hasattr(weight, "ds_id"):  # ZeRO-3: TRL gathers the head again in its backward, ours does not
-        return False
     # On CUDA, all but a differentiated entropy is in the committed benchmark; the CPU is not
     faster = hidden.device.type == "cuda" and not entropy_differentiated
     return faster or weight.shape[0] <= chunk_size

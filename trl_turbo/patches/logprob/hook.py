@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trl_turbo.compat.sharded import own_class
 from trl_turbo.patches.logprob.forward import make_forward
 from trl_turbo.patching import Replacement, extend
 
@@ -33,7 +34,7 @@ def causal_lms(model: Any) -> Iterator[Any]:
 
 
 def _hook(model: Any) -> None:
-    owner = type(model)
+    owner: Any = own_class(model)
     extend(PATCH, Replacement(owner, "forward", make_forward))
     own = vars(model).get("forward")
     if own is not None and not _leads_to(own, owner.forward):

@@ -53,6 +53,10 @@ class PendingLogits:
         self._before = before  # factor before the tanh
         self._after = after  # factor after it; None: no tanh yet
 
+    def of(self, hidden: torch.Tensor) -> PendingLogits:
+        """The same of other hidden states."""
+        return PendingLogits(hidden, self.vocab, self._before, self._after)
+
     @property
     def softcap(self) -> float | None:
         return self._after

@@ -103,14 +103,14 @@ def masked_targets(labels: torch.Tensor, mask: torch.Tensor) -> Targets:
 
 
 def left_to_trl(trainer: Any) -> bool:
-    """Whether the parameters are sharded, so that TRL's own path is used; the report then says so."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if getattr(trainer, "is_fsdp_enabled", False):
-        owner = "FSDP"
-    elif plugin is not None and getattr(plugin, "zero_stage", 0) == 3:
-        owner = "DeepSpeed ZeRO-3"
-    else:
+    """Whether the parameters are sharded in a way that TRL's own path is used for; the report then says so."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if not getattr(trainer, "is_fsdp_enabled", False) or getattr(plugin, "fsdp_version", 1) == 2:
         return False
     name = type(trainer).__name__
-    note("logprob", f"{name}: the parameters are sharded by {owner}; TRL's own path is used, with full logits")
+    note(
+        "logprob",
+        f"{name}: the parameters are sharded by FSDP in its first version; TRL's own path is used, with full logits "
+        "(fsdp_version: 2 in accelerate's configuration keeps the kernels)",
+    )
     return True

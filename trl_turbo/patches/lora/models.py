@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from trl_turbo.patches.logprob.models import probe as probe
+from trl_turbo.compat.sharded import own_class
+from trl_turbo.patches import preparing
 from trl_turbo.patches.lora import group, mlp
+from trl_turbo.patches.preparing import probe as probe
 from trl_turbo.patching import Replacement, extend
 from trl_turbo.report import note
 
@@ -18,8 +19,8 @@ PATCH = "lora.models"
 
 
 def build(module: ModuleType) -> Iterator[Replacement]:
-    """`Accelerator.prepare_model`; the classes inside the models follow as they come."""
-    yield Replacement(module.Accelerator, "prepare_model", _hooked_first)
+    """The ways in which `Accelerator` prepares a model; the classes inside the models follow as they come."""
+    yield from preparing.before(module, lambda _, model: hook_model(model))
 
 
 def hook_model(model: Any) -> None:
@@ -37,13 +38,4 @@ def _hook(module: nn.Module, make_forward: Callable[..., Any], what: str) -> Non
     if "forward" in vars(module):  # Liger's, the hub's kernels, or a model spread over devices
         note("lora", f"{what} {type(module).__name__}, which has a forward of its own, run one by one")
         return
-    extend(PATCH, Replacement(type(module), "forward", make_forward))
-
-
-def _hooked_first(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def prepare_model(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        hook_model(model)
-        return original(self, model, *args, **kwargs)
-
-    return prepare_model
+    extend(PATCH, Replacement(own_class(module), "forward", make_forward))

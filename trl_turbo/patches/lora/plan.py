@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trl_turbo.compat.sharded import is_sharded, is_zero3
 from trl_turbo.kernels.lora import Adapter, Base, Dense, EightBit, FourBit, Projection
 
 
@@ -112,6 +113,8 @@ def _base(
     kind = "dense" if type(module) is nn.Linear else _quantised(module)
     if kind is None:
         raise Left(f"a base of {type(module).__name__} runs PEFT's own forward")
+    if is_zero3(module.weight):
+        raise Left("weights that ZeRO-3 gathers for a linear's own call run PEFT's own forward")
     if hooked(module):
         raise Left(
             "layers with hooks on their base, or a base that was moved to another device, run PEFT's own forward"
@@ -167,7 +170,7 @@ def _eight_bit(module: Any, x_dtype: torch.dtype, device: torch.device, autocast
 
 def _reachable(*tensors: torch.Tensor, device: torch.device) -> None:
     for tensor in tensors:
-        if hasattr(tensor, "ds_id") or type(tensor.data).__name__ == "DTensor" or _flattened(tensor):
+        if is_sharded(tensor) or _flattened(tensor):
             raise Left("weights that are sharded, or stand for a parameter, run PEFT's own forward")
         if tensor.device != device:
             raise Left("weights on another device than their input run PEFT's own forward")

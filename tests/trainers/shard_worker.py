@@ -1,0 +1,181 @@
+"""Train on sharded parameters in one of several processes, stock and patched; started by `test_sharded`."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch as replaced
+
+import torch
+
+from trl_turbo.patches.blocks import mlp, norms, rope
+from trl_turbo.patches.checkpointing import tiled
+from trl_turbo.patches.logprob import forward, fused_head
+from trl_turbo.patches.lora import group, layers
+from trl_turbo.patches.lora import mlp as lora_mlp
+
+from .adapters import lora
+from .ddp_worker import trained
+from .models import VARIANTS, folder, load
+from .parity import TRL_HAS_FUSED_HEAD, patched
+from .rule import ulp
+from .runs import Case
+from .sharded import deepspeed_on_cpu, fsdp2_on_cpu, not_zero3, zero
+from .test_no_logits import BUDGET_BYTES, Largest, largest
+
+STEPS: dict[str, Any] = {"max_steps": 2}
+# Without its checkpointing, accelerate's DDP looks for unused parameters; here it is there for the kernels
+CHECKPOINTED = {**STEPS, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _every_linear_a_unit(trainer: Any) -> None:
+    """The head, too: it is taken apart again right after its call."""
+    trainer.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = ["Linear"]
+
+
+def _layers_are_units(trainer: Any) -> None:
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.transformer_cls_names_to_wrap = None
+
+
+def _another_reference(path: str) -> dict[str, Any]:
+    """Not the policy itself: where rewards are zero but for rounding, it decides which of two is the better one."""
+    return {"ref_model": load(folder("qwen2" if "untied" in path else "qwen2-untied", "plain", ulp(torch.float32)))}
+
+
+PAIRS = {"per_device_train_batch_size": 2}
+COMMON: dict[str, Case] = {
+    "GRPO": Case("GRPO", {**CHECKPOINTED, "beta": 0.1}),
+    "GRPO-lora": Case("GRPO", {**STEPS, "beta": 0.1}, "qwen2-untied", peft=lora(*LINEARS)),
+    "RLOO": Case("RLOO", {**STEPS, "beta": 0.1}, "qwen2-untied"),
+    "DPO": Case("DPO", {**STEPS, **PAIRS}, extra=_another_reference),
+    "DPO-lora": Case("DPO", {**CHECKPOINTED, **PAIRS}, "qwen2-untied", peft=lora("q_proj", "v_proj", "o_proj")),
+    # ZeRO-3 refuses the device_map with which OnlineDPO loads a model by name, and the way in which it copies one
+    "OnlineDPO": Case(
+        "OnlineDPO",
+        {**CHECKPOINTED, **PAIRS},
+        "qwen2-untied",
+        model=load,
+        extra=_another_reference,
+    ),
+    "OnlineDPO-lora": Case("OnlineDPO", {**STEPS, **PAIRS}, model=load, peft=lora(*LINEARS)),
+}
+ALONE: dict[str, dict[str, Case]] = {
+    "fsdp2": {
+        "OnlineDPO-head-of-its-own": Case(
+            "OnlineDPO",
+            {**STEPS, **PAIRS},
+            "qwen2-untied",
+            model=load,
+            extra=_another_reference,
+            prepare=_every_linear_a_unit,
+        )
+    },
+    "zero2": {},
+    "zero3": {
+        "OnlineDPO-saved-head": Case(
+            "OnlineDPO",
+            {**STEPS, **PAIRS},
+            "qwen2-untied",
+            model=load,
+            peft=lora(modules_to_save=["lm_head"]),
+        )
+    },
+}
+KINDS = tuple(ALONE)
+# Off by default; what is on by default is on in all of them
+FEATURES: dict[str, dict[str, bool]] = {
+    "GRPO": {"mlp_tiling": True},
+    "DPO": {"packing": True},
+    "DPO-lora": {"attention": True},
+}
+KERNELS = (
+    (norms, "rms_norm"),
+    (rope, "rope"),
+    (mlp, "gated"),
+    (layers, "lora_linear"),
+    (group, "lora_qkv"),
+    (lora_mlp, "lora_mlp"),
+    (tiled, "tiled"),
+)
+# What makes no logits in which all rows are scored at once; stock makes them where TRL has no fused head
+WITHOUT_LOGITS = ("GRPO", "DPO", "OnlineDPO")
+
+
+def cases(kind: str) -> dict[str, Case]:
+    """The trainings under `fsdp2`, `zero2` or `zero3`."""
+    options = zero(int(kind[-1])) if kind.startswith("zero") else {}
+    found = {**COMMON, **ALONE[kind]}
+    for case in found.values():
+        case.options = {**case.options, **options}
+        if case.prepare is not _every_linear_a_unit:
+            case.prepare = _layers_are_units
+    return found
+
+
+def _sizes(case: Case) -> dict[str, tuple[int, str]]:
+    """The largest tensors as long as the vocabulary, of a patched run in small tiles and of stock."""
+    found: dict[str, Largest] = {}
+    with ExitStack() as stack:
+        path = stack.enter_context(patched())
+        for module in (forward, fused_head):
+            small = partial(module.linear_logprob, byte_budget=BUDGET_BYTES)
+            stack.enter_context(replaced.object(module, "linear_logprob", small))
+        found["patched"] = largest(case)
+    assert path.kernel
+    if not TRL_HAS_FUSED_HEAD or case.trainer == "OnlineDPO":
+        found["stock"] = largest(case)
+    return {name: seen.of_vocabulary for name, seen in found.items()}
+
+
+def _counted(case: Case, features: dict[str, bool]) -> dict[str, Any] | str:
+    """As `trained`; of the patched run also how often each kernel beside the log-prob's was called."""
+    ran: Counter[str] = Counter()
+
+    def counting(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ran[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for module, name in KERNELS:
+            stack.enter_context(replaced.object(module, name, counting(name, getattr(module, name))))
+        stack.enter_context(replaced.object(tiled, "TILE_ROWS", 16))
+        found = trained(case, **features)
+    return found if isinstance(found, str) else {**found, "ran": ran}
+
+
+def main(kind: str, *rest: str) -> None:
+    *labels, out = rest
+    torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py: accelerate collects garbage in every run
+    with not_zero3():
+        for family in ("qwen2", "qwen2-untied"):
+            for variant in VARIANTS:
+                folder(family, variant, ulp(torch.float32))
+    if kind == "fsdp2":
+        fsdp2_on_cpu()
+    else:
+        deepspeed_on_cpu()
+    found: dict[str, Any] = {}
+    for label, case in cases(kind).items():
+        if labels and label not in labels:
+            continue
+        found[label] = _counted(case, FEATURES.get(label, {}))
+        if label in WITHOUT_LOGITS and not isinstance(found[label], str):
+            found[label]["sizes"] = _sizes(case)
+    torch.save(found, Path(out) / f"rank-{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

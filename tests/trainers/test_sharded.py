@@ -1,0 +1,85 @@
+"""FSDP2 and DeepSpeed ZeRO-2 and ZeRO-3 in two processes, gloo, on the CPU: patched equals stock, without logits.
+
+FSDP2 is torch's. DeepSpeed is tested where it is installed: `tox run -e deepspeed`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from . import launch
+from .rule import assert_same
+from .shard_worker import BUDGET_BYTES, KINDS, WITHOUT_LOGITS, cases
+from .sharded import ENVIRONMENT
+
+pytestmark = [pytest.mark.trl, pytest.mark.slow]
+
+LABELS = [(kind, label) for kind in KINDS for label in cases(kind)]
+# Whether LoRA's kernels run: ZeRO-3 gathers a linear for its own call alone
+LORA = {"fsdp2": True, "zero2": True, "zero3": False}
+FLOAT32_BYTES = 4
+
+
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found, for every training of a kind."""
+    kind = request.param
+    if kind != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed; tox run -e deepspeed has it")
+    return launch.ranks(tmp_path_factory, kind, "shard_worker", kind, env=ENVIRONMENT[kind])
+
+
+@pytest.mark.parametrize(("ranks", "label"), LABELS, indirect=["ranks"])
+def test_two_processes(ranks: list[dict[str, Any]], label: str) -> None:
+    if isinstance(ranks[0][label], str):
+        pytest.skip(ranks[0][label])
+    ours = [rank[label]["patched"] for rank in ranks]
+    for group, tensors in ours[0].tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, ours[1].tensors[group][name]), f"{group} of {name} differs between the ranks"
+    assert ours[0].series["training loss"] != ours[1].series["training loss"], "both ranks had the same data"
+    for rank in ranks:
+        found = rank[label]
+        found["path"].assert_ours()
+        assert any(update.any() for update in found["patched"].tensors["update"].values())
+        assert_same(found["stock"], found["patched"], found["perturbed"])
+
+
+@pytest.mark.parametrize(("ranks", "label"), LABELS, indirect=["ranks"])
+def test_kernels_are_on(ranks: list[dict[str, Any]], label: str, request: pytest.FixtureRequest) -> None:
+    kind = request.node.callspec.params["ranks"]
+    adapted, everywhere = "lora" in label or "saved" in label, "lora" in label and not label.startswith("DPO")
+    expected = {"rms_norm", "rope"}
+    if adapted and LORA[kind]:
+        expected |= {"lora_linear", "lora_qkv"}
+    if everywhere and LORA[kind]:
+        expected |= {"lora_mlp"}
+    if not everywhere:
+        expected |= {"gated"}
+    if label == "GRPO" and kind != "zero3":
+        expected |= {"tiled"}
+    for rank in ranks:
+        ran, notes = set(rank[label]["ran"]), rank[label]["path"].others
+        assert expected <= ran
+        assert LORA[kind] or not any(name.startswith("lora") for name in ran)
+        assert any("before its tiles are made again" in note for note in notes) == (label == "GRPO" and kind == "zero3")
+        # Packed rows and attention of their own
+        assert any("its parameters are sharded" in note for note in notes) == (
+            label.startswith("DPO") and kind != "zero2"
+        )
+        assert any("ZeRO-3 gathers" in note for note in notes) == (adapted and not LORA[kind])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "label"), [(kind, label) for kind in KINDS for label in WITHOUT_LOGITS], indirect=["ranks"]
+)
+def test_no_logits(ranks: list[dict[str, Any]], label: str) -> None:
+    """Nothing but the head is as long as the vocabulary and larger than a tile; logits of stock's are seen."""
+    for rank in ranks:
+        sizes = rank[label]["sizes"]
+        assert sizes["patched"][0] <= BUDGET_BYTES // FLOAT32_BYTES, sizes["patched"]
+        assert "stock" not in sizes or sizes["stock"][0] > BUDGET_BYTES // FLOAT32_BYTES, sizes["stock"]
