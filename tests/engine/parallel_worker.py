@@ -1,0 +1,147 @@
+"""GRPO where vLLM cannot read the trainer's tensors, in one of two processes; started by `test_parallel`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GAP = "sampling/sampling_logp_difference/mean"
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LONE = {"num_key_value_heads": 1}  # fewer heads than ranks: vLLM gives each rank a copy
+
+
+def _rank() -> int:
+    return int(os.environ["LAUNCHED_RANK"])
+
+
+def _slow(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    from tests.engine.trainers import liked
+
+    time.sleep(0.3 * _rank())  # ranks finish at different times
+    return liked(completion_ids)
+
+
+def _raises(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    if _rank() == 1:
+        raise RuntimeError("the reward of rank 1 failed")
+    return _slow(completion_ids)
+
+
+def _model(out: Path, family: str, *, shape: Any = None, changed: bool = False, **_: Any) -> Any:
+    from tests.engine.models import saved
+
+    model, _ = saved(out / f"model-{_rank()}", family, initializer_range=0.05, **(shape or {}))
+    if changed and _rank() == 1:
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.normal_()  # not what the checkpoint says
+    return model
+
+
+def _trainer(out: Path, model: Any, *, adapter: bool = True, reward: Any = _slow, **more: Any) -> Any:
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    from tests.engine.trainers import dataset, settings
+
+    wanted = {"vllm_tensor_parallel_size": 2, "num_generations": 8, "learning_rate": 2e-2, "max_steps": 4, **more}
+    return GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=settings(GRPOConfig, out / "out", **wanted),
+        train_dataset=dataset(),
+        processing_class=AutoTokenizer.from_pretrained(model.name_or_path),
+        peft_config=LoraConfig(**LORA) if adapter else None,
+    )
+
+
+def _train(out: Path, model: Any, *, break_push: bool = False, **more: Any) -> dict[str, Any]:
+    """Train, and say what the ranks must agree on."""
+    import trl_turbo
+    report = trl_turbo.patch(logprob=False, rollout=True, verbose=False)
+    trainer = _trainer(out, model, **more)
+    llm = trainer.vllm_generation.llm
+    served = llm.served
+    copies: list[str] = []
+    if served is not None:
+        runner = llm.llm_engine.model_executor.driver_worker.model_runner
+        runner.model.load_weights = lambda weights: copies.append("weights were copied")
+        trainer.model.merge_adapter = lambda *_, **__: copies.append("the adapter was merged")
+        if break_push:
+            served.adapter.push = lambda: None
+    started = time.monotonic()
+    trainer.train()
+    found = {
+        "served": served is not None,
+        "shared": llm.shared is not None,
+        "copies": copies,
+        "gaps": [entry[GAP] for entry in trainer.state.log_history if GAP in entry],
+        "notes": [note.text for note in report.notes if note.feature == "rollout"],
+        "seconds": time.monotonic() - started,
+        "parameters": {
+            name: getattr(p, "full_tensor", lambda p=p: p)().detach().clone()
+            for name, p in trainer.model.named_parameters()
+            if p.requires_grad
+        },
+    }
+    llm._give_up()  # vLLM's own shutdown would take the process group along, which the next training needs
+    trl_turbo.unpatch()
+    return found
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapter": ("qwen2_tied", {}),
+    "control": ("qwen2_tied", {"break_push": True}),
+    "one kv head": ("llama", {"shape": LONE}),
+    "fused linears": ("phi3", {}),
+    "another base": ("qwen2_tied", {"changed": True, "max_steps": 2}),
+    "raises": ("qwen2_tied", {"reward": _raises}),
+    "full": ("qwen2_tied", {"adapter": False, "max_steps": 2, "learning_rate": 1e-2}),
+}
+
+
+def _without_device_ids() -> None:
+    """TRL's barrier before a tensor parallel rollout names devices, which gloo refuses."""
+    barrier = torch.distributed.barrier
+    torch.distributed.barrier = lambda group=None, async_op=False, device_ids=None: barrier(group, async_op)
+
+
+def _unpacked() -> None:
+    """On processors with AVX-512 vLLM's CPU build packs weights, into which TRL's own sync cannot load."""
+    from vllm.model_executor.layers import utils
+
+    linear = torch.nn.functional.linear
+
+    def plain(layer: Any, *args: Any, **kwargs: Any) -> None:
+        layer.cpu_linear = lambda x, weight, bias: linear(x, weight, bias)
+
+    utils.dispatch_cpu_unquantized_gemm = plain
+
+
+def main(what: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["LAUNCHED_RANK"] = os.environ["RANK"]  # TRL sets the other
+    _without_device_ids()
+    labels = what.split(",")
+    # All before there is a process group, in which transformers saves on the first rank alone
+    models = {label: _model(out / label, CASES[label][0], **CASES[label][1]) for label in labels}
+    found: dict[str, Any] = {}
+    for label in labels:
+        _unpacked() if label in ("another base", "full") else None
+        family, options = CASES[label]
+        options = {name: value for name, value in options.items() if name not in ("shape", "changed")}
+        t = time.monotonic()
+        found[label] = _train(out / label, models[label], **options)
+        print(label, time.monotonic() - t, found[label]["seconds"], found[label]["gaps"], flush=True)
+        print(found[label]["notes"], flush=True)
+    torch.save(found, out / f"rank-{_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
