@@ -28,6 +28,7 @@ def _slow(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
 
 def _raises(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     if _rank() == 1:
+        Path(os.environ["LAUNCHED_IN"], "raised").write_text(str(time.time()))
         raise RuntimeError("the reward of rank 1 failed")
     return _slow(completion_ids)
 
@@ -49,7 +50,7 @@ def _trainer(out: Path, model: Any, *, adapter: bool = True, reward: Any = _slow
 
     from tests.engine.trainers import dataset, settings
 
-    wanted = {"vllm_tensor_parallel_size": 2, "num_generations": 8, "learning_rate": 2e-2, "max_steps": 4, **more}
+    wanted = {"vllm_tensor_parallel_size": 2, "num_generations": 8, "learning_rate": 2e-2, "max_steps": 3, **more}
     return GRPOTrainer(
         model=model,
         reward_funcs=reward,
@@ -62,8 +63,12 @@ def _trainer(out: Path, model: Any, *, adapter: bool = True, reward: Any = _slow
 
 def _train(out: Path, model: Any, *, break_push: bool = False, **more: Any) -> dict[str, Any]:
     """Train, and say what the ranks must agree on."""
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
     import trl_turbo
+
     report = trl_turbo.patch(logprob=False, rollout=True, verbose=False)
+    _sharded(more.pop("sharded", None))
     trainer = _trainer(out, model, **more)
     llm = trainer.vllm_generation.llm
     served = llm.served
@@ -74,7 +79,6 @@ def _train(out: Path, model: Any, *, break_push: bool = False, **more: Any) -> d
         trainer.model.merge_adapter = lambda *_, **__: copies.append("the adapter was merged")
         if break_push:
             served.adapter.push = lambda: None
-    started = time.monotonic()
     trainer.train()
     found = {
         "served": served is not None,
@@ -82,33 +86,87 @@ def _train(out: Path, model: Any, *, break_push: bool = False, **more: Any) -> d
         "copies": copies,
         "gaps": [entry[GAP] for entry in trainer.state.log_history if GAP in entry],
         "notes": [note.text for note in report.notes if note.feature == "rollout"],
-        "seconds": time.monotonic() - started,
-        "parameters": {
+        "sharded": any(hasattr(p, "device_mesh") for p in trainer.model.parameters()),
+        "trained": {
             name: getattr(p, "full_tensor", lambda p=p: p)().detach().clone()
             for name, p in trainer.model.named_parameters()
             if p.requires_grad
         },
     }
     llm._give_up()  # vLLM's own shutdown would take the process group along, which the next training needs
+    destroy_model_parallel()  # its groups are for one size
     trl_turbo.unpatch()
     return found
 
 
+WHOLE = {"vllm_tensor_parallel_size": 1, "sharded": {}}
+ONE_READS = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter": ("qwen2_tied", {}),
     "control": ("qwen2_tied", {"break_push": True}),
     "one kv head": ("llama", {"shape": LONE}),
     "fused linears": ("phi3", {}),
-    "another base": ("qwen2_tied", {"changed": True, "max_steps": 2}),
+    "fsdp": ("qwen2_tied", WHOLE),
+    "fsdp control": ("qwen2_tied", {**WHOLE, "break_push": True}),
+    "fsdp, one rank reads": ("qwen2_tied", {"sharded": ONE_READS, "changed": True}),
+    "another base": ("qwen2_tied", {"changed": True, "max_steps": 1}),
+    "full": ("qwen2_tied", {"adapter": False, "max_steps": 1}),
     "raises": ("qwen2_tied", {"reward": _raises}),
-    "full": ("qwen2_tied", {"adapter": False, "max_steps": 2, "learning_rate": 1e-2}),
 }
+#: In one launch: loading vLLM takes longest. The last need TRL's own sync, for which they change vLLM.
+LABELS = tuple(label for label in CASES if label != "raises")
+
+
+def _sharded(settings: dict[str, str] | None) -> None:
+    """Ask accelerate for FSDP2, as `accelerate launch` does, or for none."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))]:
+        del os.environ[name]
+    if settings is not None:
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            **settings,
+        }
+
+
+def _fsdp_on_the_cpu() -> None:
+    """accelerate shards on GPUs alone, which is one comparison in its state; the rest runs on gloo as it is."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    start = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
 
 
 def _without_device_ids() -> None:
     """TRL's barrier before a tensor parallel rollout names devices, which gloo refuses."""
     barrier = torch.distributed.barrier
     torch.distributed.barrier = lambda group=None, async_op=False, device_ids=None: barrier(group, async_op)
+
+
+def _eager() -> None:
+    """Engines of TRL's own compile on the CPU, too, which takes longer than all else here."""
+    import vllm
+
+    start = vllm.LLM.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **{"enforce_eager": True, **kwargs})
+
+    vllm.LLM.__init__ = init
 
 
 def _unpacked() -> None:
@@ -126,19 +184,18 @@ def _unpacked() -> None:
 def main(what: str, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ["LAUNCHED_RANK"] = os.environ["RANK"]  # TRL sets the other
+    os.environ["LAUNCHED_IN"] = str(out)
     _without_device_ids()
-    labels = what.split(",")
+    _fsdp_on_the_cpu()
+    _eager()
+    labels = what.split(";")
     # All before there is a process group, in which transformers saves on the first rank alone
     models = {label: _model(out / label, CASES[label][0], **CASES[label][1]) for label in labels}
     found: dict[str, Any] = {}
     for label in labels:
         _unpacked() if label in ("another base", "full") else None
-        family, options = CASES[label]
-        options = {name: value for name, value in options.items() if name not in ("shape", "changed")}
-        t = time.monotonic()
+        options = {name: value for name, value in CASES[label][1].items() if name not in ("shape", "changed")}
         found[label] = _train(out / label, models[label], **options)
-        print(label, time.monotonic() - t, found[label]["seconds"], found[label]["gaps"], flush=True)
-        print(found[label]["notes"], flush=True)
     torch.save(found, out / f"rank-{_rank()}.pt")
     torch.distributed.destroy_process_group()
 
