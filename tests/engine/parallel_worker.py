@@ -12,6 +12,7 @@ import torch
 
 GAP = "sampling/sampling_logp_difference/mean"
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+GPU = torch.cuda.is_available()
 LONE = {"num_key_value_heads": 1}  # fewer heads than ranks: vLLM gives each rank a copy
 
 
@@ -36,7 +37,8 @@ def _raises(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
 def _model(out: Path, family: str, *, shape: Any = None, changed: bool = False, **_: Any) -> Any:
     from tests.engine.models import saved
 
-    model, _ = saved(out / f"model-{_rank()}", family, initializer_range=0.05, **(shape or {}))
+    size = {"dtype": torch.bfloat16, "hidden_size": 256, "intermediate_size": 512} if GPU else {}
+    model, _ = saved(out / f"model-{_rank()}", family, initializer_range=0.05, **size, **(shape or {}))
     if changed and _rank() == 1:
         with torch.no_grad():
             model.model.layers[0].self_attn.o_proj.weight.normal_()  # not what the checkpoint says
@@ -50,7 +52,8 @@ def _trainer(out: Path, model: Any, *, adapter: bool = True, reward: Any = _slow
 
     from tests.engine.trainers import dataset, settings
 
-    wanted = {"vllm_tensor_parallel_size": 2, "num_generations": 8, "learning_rate": 2e-2, "max_steps": 3, **more}
+    wanted = {"vllm_tensor_parallel_size": 2, "num_generations": 8, "learning_rate": 2e-2, "max_steps": 3}
+    wanted |= {"use_cpu": not GPU, "bf16": GPU, **more}
     return GRPOTrainer(
         model=model,
         reward_funcs=reward,
@@ -73,17 +76,21 @@ def _train(out: Path, model: Any, *, break_push: bool = False, **more: Any) -> d
     llm = trainer.vllm_generation.llm
     served = llm.served
     copies: list[str] = []
+    levels: list[int] = []
     if served is not None:
         runner = llm.llm_engine.model_executor.driver_worker.model_runner
         runner.model.load_weights = lambda weights: copies.append("weights were copied")
         trainer.model.merge_adapter = lambda *_, **__: copies.append("the adapter was merged")
         if break_push:
             served.adapter.push = lambda: None
+    sleep = llm.llm_engine.sleep
+    llm.llm_engine.sleep = lambda level=1, *args, **kwargs: (levels.append(level), sleep(level, *args, **kwargs))
     trainer.train()
     found = {
         "served": served is not None,
         "shared": llm.shared is not None,
         "copies": copies,
+        "levels": levels,
         "gaps": [entry[GAP] for entry in trainer.state.log_history if GAP in entry],
         "notes": [note.text for note in report.notes if note.feature == "rollout"],
         "sharded": any(hasattr(p, "device_mesh") for p in trainer.model.parameters()),
@@ -101,20 +108,17 @@ def _train(out: Path, model: Any, *, break_push: bool = False, **more: Any) -> d
 
 WHOLE = {"vllm_tensor_parallel_size": 1, "sharded": {}}
 ONE_READS = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+#: All in one launch: loading vLLM takes longest. The first to change vLLM for TRL's own sync is "another base".
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "adapter": ("qwen2_tied", {}),
     "control": ("qwen2_tied", {"break_push": True}),
-    "one kv head": ("llama", {"shape": LONE}),
+    "one kv head": ("llama", {"shape": LONE, "vllm_enable_sleep_mode": True}),
     "fused linears": ("phi3", {}),
     "fsdp": ("qwen2_tied", WHOLE),
-    "fsdp control": ("qwen2_tied", {**WHOLE, "break_push": True}),
     "fsdp, one rank reads": ("qwen2_tied", {"sharded": ONE_READS, "changed": True}),
     "another base": ("qwen2_tied", {"changed": True, "max_steps": 1}),
     "full": ("qwen2_tied", {"adapter": False, "max_steps": 1}),
     "raises": ("qwen2_tied", {"reward": _raises}),
 }
-#: In one launch: loading vLLM takes longest. The last need TRL's own sync, for which they change vLLM.
-LABELS = tuple(label for label in CASES if label != "raises")
 
 
 def _sharded(settings: dict[str, str] | None) -> None:
@@ -185,15 +189,19 @@ def main(what: str, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ["LAUNCHED_RANK"] = os.environ["RANK"]  # TRL sets the other
     os.environ["LAUNCHED_IN"] = str(out)
-    _without_device_ids()
-    _fsdp_on_the_cpu()
-    _eager()
+    if not GPU:
+        _without_device_ids()
+        _fsdp_on_the_cpu()
+        _eager()
     labels = what.split(";")
     # All before there is a process group, in which transformers saves on the first rank alone
     models = {label: _model(out / label, CASES[label][0], **CASES[label][1]) for label in labels}
     found: dict[str, Any] = {}
     for label in labels:
-        _unpacked() if label in ("another base", "full") else None
+        if label == "another base":
+            _unpacked()
+        if label == "raises":
+            torch.save(found, out / f"rank-{_rank()}.pt")
         options = {name: value for name, value in CASES[label][1].items() if name not in ("shape", "changed")}
         found[label] = _train(out / label, models[label], **options)
     torch.save(found, out / f"rank-{_rank()}.pt")
