@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from trl_turbo.engine.adapter_config import active_adapter, adapter_layers
 from trl_turbo.engine.errors import EngineDeclinedError
+from trl_turbo.engine.gather import whole
 from trl_turbo.engine.names import base_model, base_weights
+from trl_turbo.engine.slices import Cut, cuts
 
 #: Ranks that vLLM has buffers for; the next larger one is taken.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,7 +55,8 @@ def llm_kwargs(model: Any, spare_rank: int = 0) -> dict[str, Any]:
 
 
 def _ranks(layers: Mapping[str, Any], name: str | None) -> list[int]:
-    return [layer.lora_A[name].weight.shape[0] for layer in layers.values()]
+    # Not told by the tensors' shapes: ZeRO stage 3 leaves empty ones
+    return [int(layer.r[name]) for layer in layers.values()]
 
 
 def _linears(model: Any) -> list[str]:
@@ -65,11 +68,21 @@ def _linears(model: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class _Target:
-    """One LoRA layer of PEFT's and its places in vLLM: `a` [r, in], `b` [out, r]."""
+    """One LoRA layer of PEFT's and its places in vLLM.
+
+    Attributes:
+        layer: PEFT's.
+        a: Part of vLLM's buffer for A, [r, in] or this rank's columns of it.
+        b: The same for B, [out, r] or this rank's rows of it.
+        columns: Which columns those are.
+        rows: Which rows.
+    """
 
     layer: Any
     a: Tensor
     b: Tensor
+    columns: Cut
+    rows: Cut
 
 
 class ServedAdapter:
@@ -114,7 +127,7 @@ class ServedAdapter:
 
     @torch.no_grad()
     def push(self) -> None:
-        """Copy the adapter as it is now into vLLM's buffers, scaled. Call after each optimizer step.
+        """Copy the adapter as it is now into vLLM's buffers, scaled. Call after each optimizer step, on every rank.
 
         Raises:
             EngineDeclinedError: vLLM has dropped the adapter from its slot.
@@ -123,12 +136,15 @@ class ServedAdapter:
             raise EngineDeclinedError(
                 "vLLM dropped the trainer's adapter from its slot; do not load others into this engine"
             )
-        name = self.name
-        into_b = [target.b for target in self._targets]
-        torch._foreach_copy_([t.a for t in self._targets], [t.layer.lora_A[name].weight for t in self._targets])
-        torch._foreach_copy_(into_b, [t.layer.lora_B[name].weight for t in self._targets])
+        name, targets = self.name, self._targets
+        into_b = [target.b for target in targets]
+        halves = [t.layer.lora_A[name].weight for t in targets] + [t.layer.lora_B[name].weight for t in targets]
+        with whole(halves) as tensors:
+            a, b = tensors[: len(targets)], tensors[len(targets) :]
+            torch._foreach_copy_([t.a for t in targets], [t.columns.of(w) for t, w in zip(targets, a, strict=True)])
+            torch._foreach_copy_(into_b, [t.rows.of(w) for t, w in zip(targets, b, strict=True)])
         # Scaled in the buffer, as vLLM does when it loads one; read anew, since a script may change it
-        torch._foreach_mul_(into_b, [float(t.layer.scaling[name]) for t in self._targets])
+        torch._foreach_mul_(into_b, [float(t.layer.scaling[name]) for t in targets])
 
     def _register(self) -> None:
         """Take the slot with an adapter that has no weights, and pin it."""
@@ -169,20 +185,21 @@ class ServedAdapter:
             for index, part in enumerate(parts):
                 layer = left.pop(f"{parent}.{part}", None)
                 if layer is not None:
-                    found.append(self._target(name, module, index, slot, layer))
+                    found.append(self._target(name, module, (index, len(parts)), slot, layer))
         if left:
             raise EngineDeclinedError(f"vLLM has no adapter buffer for {next(iter(left))} ({len(left)} such)")
         return tuple(found)
 
-    def _target(self, name: str, module: Any, index: int, slot: int | None, layer: Any) -> _Target:
+    def _target(self, name: str, module: Any, part: tuple[int, int], slot: int | None, layer: Any) -> _Target:
+        index, parts = part
         if not isinstance(module.lora_a_stacked, tuple) or index >= len(module.lora_a_stacked):
             raise EngineDeclinedError(f"vLLM keeps the adapter of {name} in another layout")
-        rank, inputs = layer.lora_A[self.name].weight.shape
-        outputs = layer.lora_B[self.name].weight.shape[0]
+        rank = int(layer.r[self.name])
+        columns, rows = cuts(module, index, parts, layer.in_features, layer.out_features)
         a, b = module.lora_a_stacked[index][slot, 0], module.lora_b_stacked[index][slot, 0]
-        if a.shape[0] < rank or a.shape[1] != inputs or b.shape[0] != outputs:
+        if a.shape[0] < rank or a.shape[1] != columns.size or b.shape[0] != rows.size:
             raise EngineDeclinedError(
                 f"vLLM's adapter buffers of {name} are {tuple(a.shape)} and {tuple(b.shape)}, and the layer needs "
-                f"({rank}, {inputs}) and ({outputs}, {rank})"
+                f"({rank}, {columns.size}) and ({rows.size}, {rank})"
             )
-        return _Target(layer, a[:rank], b[:, :rank])
+        return _Target(layer, a[:rank], b[:, :rank], columns, rows)

@@ -10,6 +10,7 @@ import torch
 from trl_turbo.engine import four_bit
 from trl_turbo.engine.adapter_config import adapter_declined
 from trl_turbo.engine.names import base_model, base_weights
+from trl_turbo.settings import setting
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,40 @@ def declined(
     return adapter_declined(model)
 
 
+def parallelism(model: Any, llm_kwargs: dict[str, Any], accelerator: Any = None) -> str | None:
+    """Say which parallelism keeps vLLM from reading this model's tensors in place, or return `None`.
+
+    Args:
+        model: The trainer's model.
+        llm_kwargs: What TRL passes to `LLM`.
+        accelerator: The trainer's, where there is one.
+    """
+    candidate = _Candidate(model, llm_kwargs, accelerator, None)
+    return _parallel(candidate) or _sharded(candidate)
+
+
+def unservable(model: Any, llm_kwargs: dict[str, Any], accelerator: Any = None) -> str | None:
+    """Say why the adapter alone cannot be pushed into a vLLM that has its own base weights, or return `None`.
+
+    Args:
+        model: The trainer's model, with an active adapter.
+        llm_kwargs: What TRL passes to `LLM`.
+        accelerator: The trainer's, where there is one.
+    """
+    candidate = _Candidate(model, llm_kwargs, accelerator, None)
+    for check in (_vision, _encoder, _unproven, _packed, _implementation, _other_parallelism, _asked, _trained):
+        reason = check(candidate)
+        if reason:
+            return reason
+    return adapter_declined(model)
+
+
 def _parallel(candidate: _Candidate) -> str | None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if (candidate.kwargs.get(name) or 1) > 1:
             return (
-                f"{name} is {candidate.kwargs[name]}, and a trainer holds whole tensors, not vLLM's shards; set it to 1"
+                f"{name} is {candidate.kwargs[name]}, and a trainer holds whole tensors, not vLLM's shards (with 1 "
+                "they would be shared)"
             )
     return None
 
@@ -141,6 +171,41 @@ def _devices(candidate: _Candidate) -> str | None:
         return f"the model is on {device}, and vLLM reads weights on a CUDA device or, as a CPU build, on the CPU"
     if device.type == "cpu" and torch.cuda.is_available():
         return "the model is on the CPU while vLLM runs on the GPU; call model.to('cuda') first"
+    return None
+
+
+def _unproven(candidate: _Candidate) -> str | None:
+    if _experts(candidate):
+        return "mixtures of experts and multi-head latent attention have not been proven in it"
+    return None
+
+
+def _packed(candidate: _Candidate) -> str | None:
+    if getattr(candidate.base, "is_quantized", False) or candidate.kwargs.get("quantization"):
+        return "the model is quantised, and vLLM would quantise its own base anew, which has not been proven the same"
+    return None
+
+
+def _other_parallelism(candidate: _Candidate) -> str | None:
+    for name in ("pipeline_parallel_size", "data_parallel_size"):
+        if (candidate.kwargs.get(name) or 1) > 1:
+            return f"{name} is {candidate.kwargs[name]}, for which it has not been proven"
+    plugin = getattr(getattr(candidate.accelerator, "state", None), "fsdp_plugin", None)
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+        return "FSDP 1 keeps adapters in flat buffers; set fsdp_version to 2"
+    if any(hasattr(parameter, "device_mesh") for parameter in candidate.model.parameters()):
+        return "the model's tensors were DTensors before the engine started, for which it has not been proven"
+    return None
+
+
+def _asked(_candidate: _Candidate) -> str | None:
+    return "rollout_adapter='merged' asks for a merge" if setting("rollout_adapter") == "merged" else None
+
+
+def _trained(candidate: _Candidate) -> str | None:
+    for slot in base_weights(candidate.model).values():
+        if slot.parameter.requires_grad:
+            return f"{slot.name} is trained beside the adapter"
     return None
 
 

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 import vllm
 
-from trl_turbo.engine.checks import declined
+from trl_turbo.engine import served
+from trl_turbo.engine.adapter_config import active_adapter
+from trl_turbo.engine.checks import declined, parallelism, unservable
 from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
 from trl_turbo.engine.fast_generate import FastGenerate
 from trl_turbo.engine.memory import MemoryReport
+from trl_turbo.engine.served import ServedEngine
 from trl_turbo.engine.serving import Trainee, must_share, take
 from trl_turbo.engine.shared import SharedEngine
 from trl_turbo.engine.start import Start, prepare
@@ -24,16 +27,18 @@ from trl_turbo.report import logger, note
 
 
 class TurboLLM(vllm.LLM):
-    """A `vllm.LLM` that reads the weights of the trainer that builds it.
+    """A `vllm.LLM` that reads the weights of the trainer that builds it, or takes its adapter where it cannot.
 
     Built outside a trainer, or for one that is declined, it is vLLM's own class in everything.
 
     Attributes:
-        shared: The shared engine, or `None` where this is a plain one.
-        declined: Why it is a plain one, in a sentence; empty where nobody asked or it is shared.
+        shared: The shared engine, or `None` where this is none.
+        served: The engine with a base of its own and the trainer's adapter, or `None` where this is none.
+        declined: Why it is a plain one, in a sentence; empty where nobody asked or it is one of the two.
     """
 
     shared: SharedEngine | None = None
+    served: ServedEngine | None = None
     declined: str = ""
     _ids_only = False
 
@@ -43,9 +48,12 @@ class TurboLLM(vllm.LLM):
             super().__init__(*args, **kwargs)
             return
         fast = FastGenerate.of(trainee.model)
+        apart = parallelism(trainee.model, kwargs, trainee.accelerator)
         try:
             if fast is not None and fast.llm is not None:
                 self._join(fast.llm, trainee, kwargs)
+            elif apart is not None:
+                self._serve(apart, trainee, args, kwargs)
             else:
                 self._start(trainee, args, kwargs)
                 if fast is not None:
@@ -90,6 +98,36 @@ class TurboLLM(vllm.LLM):
         for sentence in start.notes(gap.mean):
             note("rollout", sentence)
 
+    def _serve(self, reason: str, trainee: Trainee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Start vLLM on its own base weights and put the trainee's adapter into it.
+
+        What vLLM raises at its start is raised: the other ranks wait for this one inside vLLM, and a rank that went on
+        alone would leave them there.
+        """
+        if must_share() or trainee.empty or active_adapter(trainee.model) is None:
+            raise EngineDeclinedError(reason)
+        obstacle = unservable(trainee.model, kwargs, trainee.accelerator)
+        if obstacle is not None:
+            raise EngineDeclinedError(f"{reason}, and the adapter cannot be pushed alone: {obstacle}")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        try:
+            with _nothing_collected():
+                super().__init__(*args, **served.llm_kwargs(trainee, kwargs))
+        except ValueError as error:
+            if "LoRA" not in str(error):
+                raise
+            # Said of the model's class, so of every rank at the same point
+            raise EngineDeclinedError(f"{reason}, and vLLM takes no adapter for this model ({error})") from error
+        self.served = ServedEngine(trainee, self.llm_engine.model_executor.driver_worker, reason)
+        gap = self.served.compare(self._sample)
+        if gap is not None:
+            raise EngineDeclinedError(
+                f"{reason}, and vLLM's base weights, which it reads from {kwargs.get('model')}, are not the trainer's: "
+                f"{gap}"
+            )
+        self._reset()
+        note("rollout", self.served.way)
+
     def _join(self, running: TurboLLM, trainee: Trainee, kwargs: dict[str, Any]) -> None:
         """Be the engine that the trainee's model has already: one state behind two objects."""
         shared = running.shared
@@ -124,7 +162,7 @@ class TurboLLM(vllm.LLM):
 
     def _give_up(self) -> None:
         """Free what was started, but not `torch.distributed`, which the trainer needs and vLLM's shutdown destroys."""
-        self.shared = None
+        self.shared = self.served = None
         engine = self.__dict__.pop("llm_engine", None)
         if engine is not None:
             client = engine.engine_core
@@ -139,19 +177,30 @@ class TurboLLM(vllm.LLM):
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
+    @property
+    def follows(self) -> bool:
+        """Whether :meth:`refresh` is all that the trainer's weights need to get here."""
+        return self.shared is not None or self.served is not None
+
     def refresh(self) -> None:
-        """Make the next rollout sample from the weights as they are now. Call after each optimizer step.
+        """Make the next rollout sample from the weights as they are now. Call after each optimizer step, on each rank.
 
         Base weights need nothing but a check that they are where they were; the adapter is copied into vLLM's buffers;
         what the prefix cache holds belongs to the old weights.
 
         Raises:
+            EngineDeclinedError: The adapter is no longer one that is served.
             WeightsMovedError: A weight changed its shape, dtype or device.
             RuntimeError: Requests are in flight, so that the prefix cache cannot be dropped.
         """
-        if self.shared is not None:
-            self.shared.refresh()
-            self._reset()
+        engine = self.shared or self.served
+        if engine is None:
+            return
+        if self.served is not None and self.served.weights_asleep:
+            torch.cuda.empty_cache()
+            self.wake_up(["weights"])
+        engine.refresh()
+        self._reset()
 
     def _reset(self) -> None:
         if not super().reset_prefix_cache():
@@ -168,15 +217,15 @@ class TurboLLM(vllm.LLM):
         Raises:
             WeightsMovedError: A weight changed its shape, dtype or device since the engine started.
         """
-        shared = self.shared
-        if shared is None:
+        engine = self.shared or self.served
+        if engine is None:
             return super().generate(prompts, sampling_params, *args, **kwargs)
-        if shared.check():
+        if engine.check():
             self._reset()
         self._wake()
         if self._ids_only:
             sampling_params = _without_text(sampling_params)
-        with shared.adapted() as request:
+        with engine.adapted() as request:
             if request is not None:
                 kwargs.setdefault("lora_request", request)
             return super().generate(prompts, sampling_params, *args, **kwargs)
@@ -212,7 +261,14 @@ class TurboLLM(vllm.LLM):
             shared.kv_released = False
 
     def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; a shared engine gives up its KV cache alone, whatever the level: the weights are the trainer's."""
+        """As vLLM's; a shared engine gives up its KV cache alone, whatever the level: the weights are the trainer's.
+
+        One that serves an adapter keeps its base in the host's memory, where TRL's level 2 would throw it away: no sync
+        brings it back.
+        """
+        if self.served is not None:
+            self.served.weights_asleep = True
+            return super().sleep(1, *args, **kwargs)
         if self.shared is None:
             return super().sleep(level, *args, **kwargs)
         self.release()
@@ -220,6 +276,8 @@ class TurboLLM(vllm.LLM):
 
     def wake_up(self, tags: list[str] | None = None) -> Any:
         """As vLLM's; a shared engine's weights are always awake."""
+        if self.served is not None and (tags is None or "weights" in tags):
+            self.served.weights_asleep = False
         if self.shared is None:
             return super().wake_up(tags)
         if tags is None or "kv_cache" in tags:
@@ -231,7 +289,7 @@ class TurboLLM(vllm.LLM):
 
         Answers huggingface/trl's work-around for vllm-project/vllm#29341; can go with TRL 1.9.
         """
-        if self.shared is not None and method == "reload_weights":
+        if self.follows and method == "reload_weights":
             return [None]
         return super().collective_rpc(method, *args, **kwargs)
 

@@ -20,9 +20,15 @@ def shared_llm(holder: Any) -> Any:
     return llm if getattr(llm, "shared", None) is not None else None
 
 
+def following_llm(holder: Any) -> Any:
+    """The engine in `holder.llm` where it takes the trainer's weights by itself, shared or pushed, else `None`."""
+    llm = getattr(holder, "llm", None)
+    return llm if getattr(llm, "follows", False) else None
+
+
 def refresh(holder: Any) -> bool:
-    """Make the next rollout use the weights as they are now; return whether the engine is a shared one."""
-    llm = shared_llm(holder)
+    """Make the next rollout use the weights as they are now; return whether the engine could do that by itself."""
+    llm = following_llm(holder)
     if llm is None:
         return False
     llm.refresh()
@@ -30,8 +36,8 @@ def refresh(holder: Any) -> bool:
 
 
 def ids_only(holder: Any) -> AbstractContextManager[None]:
-    """While open, a shared engine makes no text of what it samples."""
-    llm = shared_llm(holder)
+    """While open, an engine of ours makes no text of what it samples."""
+    llm = following_llm(holder)
     return llm.ids_only() if llm is not None else nullcontext()
 
 
