@@ -20,6 +20,7 @@ from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.engine.serving import Trainee, must_share, take
 from trl_turbo.engine.shared import SharedEngine
 from trl_turbo.engine.start import Start, prepare
+from trl_turbo.engine.together import together
 from trl_turbo.report import logger, note
 
 
@@ -44,12 +45,13 @@ class TurboLLM(vllm.LLM):
             return
         fast = FastGenerate.of(trainee.model)
         try:
-            if fast is not None and fast.llm is not None:
-                self._join(fast.llm, trainee, kwargs)
-            else:
-                self._start(trainee, args, kwargs)
-                if fast is not None:
-                    fast.llm = self
+            with together():
+                if fast is not None and fast.llm is not None:
+                    self._join(fast.llm, trainee, kwargs)
+                else:
+                    self._start(trainee, args, kwargs)
+            if fast is not None and fast.llm is None:
+                fast.llm = self
         except EngineDeclinedError as error:
             logger.debug("the engine is declined", exc_info=True)
             self.declined = str(error)
