@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,24 @@ class Bench:
         trl_turbo.unpatch()
         return found
 
+    def dying(self) -> Found:
+        """The second rank raises in its third rollout."""
+        trl_turbo.patch(strict=True, verbose=False)
+        trained = self.trainer(max_steps=8, save_strategy="steps", save_steps=1)
+        llm = self.engine(trained)
+        assert llm.shared is not None, llm.declined
+        generate = llm.generate
+
+        def raising(*args: Any, **kwargs: Any) -> Any:
+            if _rank() == 1 and trained.state.global_step == 2:
+                (self._root / "struck").write_text(str(time.time()))
+                raise ArithmeticError("planted in a rollout")
+            return generate(*args, **kwargs)
+
+        llm.generate = raising
+        trained.train()
+        return {}
+
     def split(self) -> Found:
         """What TRL itself gives each rank to sample from."""
         trained = self.trainer(use_vllm=False)
@@ -169,6 +188,7 @@ def scenarios(bench: Bench) -> dict[str, Callable[[], Found]]:
         "before": lambda: bench.declined(use_vllm=False, **others),
         "loading": lambda: bench.declined(_raising("trl_turbo.engine.sharing.trace"), use_vllm=False),
         "compared": lambda: bench.declined(_raising("trl_turbo.engine.parity.gap"), use_vllm=False),
+        "dying": bench.dying,
         "with a copy": lambda: bench.declined(_raising("trl_turbo.engine.sharing.trace")),
     }
 
@@ -179,7 +199,7 @@ def main(out: str, *names: str) -> None:
     found = {}
     with _packs_nothing():
         for name, scenario in scenarios(bench).items():
-            if not names or name in names:
+            if name in names if names else name != "dying":
                 found[name] = scenario()
     (Path(out) / f"rank-{_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from trl_turbo.patches.resume.checkpoints import whole
 
 pytestmark = [pytest.mark.vllm, pytest.mark.trl, pytest.mark.slow]
 
@@ -20,8 +24,8 @@ ACCELERATE = (
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
 )
-# A step of plain AdamW at the worker's rate changes greedy answers; the same tolerance as in one process
-GAP = 1e-3
+GAP = 1e-3  # as in one process
+EXIT_S = 60
 
 
 def launch(launcher: tuple[str, ...], *script: str) -> subprocess.CompletedProcess[str]:
@@ -104,3 +108,14 @@ def test_what_one_rank_declines_no_rank_does(ranks, case, reason):
         assert f"{others}{reason}" in found[rank]["notes"][0]
         assert kept in found[rank]["notes"][0]
     assert "rank 1 of 2" not in found[1]["notes"][0]
+
+
+def test_a_rank_that_raises_in_a_rollout_ends_the_job(tmp_path):
+    result = launch(ACCELERATE, "--module", "tests.engine.ddp_worker", str(tmp_path), "dying")
+    ended = time.time()
+    assert result.returncode != 0
+    assert ended - float((tmp_path / "rank-1" / "struck").read_text()) < EXIT_S
+    errors = [line for line in result.stderr.splitlines() if re.match(r"(\[rank\d\]: )?\w+Error: ", line)]
+    assert "ArithmeticError: planted in a rollout" in errors[0], result.stderr[-4000:]
+    assert whole(tmp_path / "rank-0" / "out" / "checkpoint-2")
+    assert not (tmp_path / "rank-0" / "out" / "checkpoint-3").exists()
