@@ -45,8 +45,12 @@ class Bench:
         self._root = root / f"rank-{_rank()}"
         _, self._model = saved(self._root / "model")  # once ranks know of each other, transformers lets only one save
 
-    def trainer(self, kind: str = "GRPO", **more: Any) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32)
+    def trainer(self, kind: str = "GRPO", *, fast: bool = False, **more: Any) -> Any:
+        if fast:
+            settings = {"fast_inference": True, "max_num_seqs": 8, "max_seq_length": 128}
+            model, _ = trl_turbo.from_pretrained(self._model, dtype=torch.float32, **settings)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32)
         loaded = model, AutoTokenizer.from_pretrained(self._model)
         return make_trainer(kind, self._root, loaded=loaded, **{**SETTINGS, **more})
 
@@ -178,6 +182,8 @@ def scenarios(bench: Bench) -> dict[str, Callable[[], Found]]:
     if _rank() == 0:
         beams = others = {}
     return {
+        # Before there is a process group, and with groups that are spread over both ranks
+        "vllm first": lambda: bench.trained(fast=True, num_generations=8),
         "split": bench.split,
         "full": bench.trained,
         "merged": lambda: _words("merged", lambda: bench.trained(peft_config=_lora())),

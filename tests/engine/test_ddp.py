@@ -70,6 +70,13 @@ def test_each_rank_samples_its_prompts_from_its_own_weights(ranks):
     assert full[0]["sampled"] != full[1]["sampled"]
 
 
+def test_vllm_loads_the_model_before_ranks_know_of_each_other(ranks):
+    found = [rank["vllm first"] for rank in ranks]
+    check(found)
+    assert found[0]["asked"] == found[1]["asked"]
+    assert found[0]["sampled"][0] != found[1]["sampled"][0]
+
+
 @pytest.mark.parametrize("way", ["merged", "served"])
 def test_adapters(ranks, way):
     found = [rank[way] for rank in ranks]
