@@ -40,6 +40,7 @@ def patch(
     checkpointing: bool | None = None,
     mlp_tiling: bool | None = None,
     memory: bool | None = None,
+    resume: bool | None = None,
     **features: bool | None,
 ) -> Report:
     """Patch TRL in place. Call it anywhere in a script, before or after the imports.
@@ -90,6 +91,7 @@ def patch(
         memory: ``status()`` shows what rollouts and training took at the driver beside what :func:`trl_turbo.plan`
             predicts; running out of memory raises the same error with the plan, what overflowed and the one setting to
             change, and saves the last completed step first.
+        resume: ``resume_from_checkpoint=True`` goes on from the last checkpoint that every rank had written to its end.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
             (``attention``, ``packing`` and ``mlp_tiling`` are off until they are measured on a GPU).
@@ -133,6 +135,7 @@ def patch(
             "checkpointing": checkpointing,
             "mlp_tiling": mlp_tiling,
             "memory": memory,
+            "resume": resume,
             **features,
         },
     )

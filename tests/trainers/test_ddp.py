@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from . import launch
 from .ddp_worker import LABELS
+from .launched import TORCHRUN, launched, of_ranks
 from .rule import assert_same
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow]
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.trl, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, for every training."""
-    return launch.ranks(tmp_path_factory, "ddp", "ddp_worker", env={"ACCELERATE_USE_CPU": "true"})
+    return of_ranks(launched(tmp_path_factory, "ddp_worker", python=TORCHRUN))
 
 
 @pytest.mark.parametrize("label", LABELS)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import launch
+from .launched import TORCHRUN, launched, of_ranks
 from .rule import assert_same
 from .shard_worker import BUDGET_BYTES, KINDS, WITHOUT_LOGITS, cases
 from .sharded import ENVIRONMENT
@@ -30,7 +30,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     kind = request.param
     if kind != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed; tox run -e deepspeed has it")
-    return launch.ranks(tmp_path_factory, kind, "shard_worker", kind, env=ENVIRONMENT[kind])
+    return of_ranks(launched(tmp_path_factory, "shard_worker", kind, python=TORCHRUN, env=ENVIRONMENT[kind]))
 
 
 @pytest.mark.parametrize(("ranks", "label"), LABELS, indirect=["ranks"])

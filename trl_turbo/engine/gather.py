@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -76,16 +75,3 @@ def _full(parameter: Tensor) -> Tensor:
     if shard.device.type != mesh.device_type:
         shard = shard.to(mesh.device_type)  # CPU offload: the group's backend moves tensors of its own device
     return shard.full_tensor()
-
-
-def agreed(reason: str | None) -> str | None:
-    """The first reason that any rank of the job has, or `None`; the same answer on each. Every rank must call it."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return reason
-    ranks = torch.distributed.get_world_size()
-    reasons: list[str | None] = [None] * ranks
-    torch.distributed.all_gather_object(reasons, reason)
-    found = next(((rank, text) for rank, text in enumerate(reasons) if text is not None), None)
-    if found is None:
-        return None
-    return found[1] if ranks == 1 else f"on rank {found[0]}, {found[1]}"

@@ -23,6 +23,7 @@ from trl_turbo.engine.served import ServedEngine
 from trl_turbo.engine.serving import Trainee, must_share, take
 from trl_turbo.engine.shared import SharedEngine
 from trl_turbo.engine.start import Start, prepare
+from trl_turbo.engine.together import together
 from trl_turbo.report import logger, note
 
 
@@ -48,15 +49,18 @@ class TurboLLM(vllm.LLM):
             super().__init__(*args, **kwargs)
             return
         fast = FastGenerate.of(trainee.model)
+        running = fast.llm if fast is not None else None
         apart = parallelism(trainee.model, kwargs, trainee.accelerator)
         try:
-            if fast is not None and fast.llm is not None:
-                self._join(fast.llm, trainee, kwargs)
-            elif apart is not None:
+            if running is None and apart is not None:
                 self._serve(apart, trainee, args, kwargs)
             else:
-                self._start(trainee, args, kwargs)
-                if fast is not None:
+                with together():
+                    if running is not None:
+                        self._join(running, trainee, kwargs)
+                    else:
+                        self._start(trainee, args, kwargs)
+                if fast is not None and running is None:
                     fast.llm = self
         except EngineDeclinedError as error:
             logger.debug("the engine is declined", exc_info=True)

@@ -69,12 +69,24 @@ class Engine:
             **self.llm_kwargs,
         }  # what TRL's trainers read
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            given["distributed_executor_backend"] = "external_launcher"  # one engine a process, as TRL starts them
+            # One engine a process, as TRL starts them; with one seed, a group that is spread over ranks has copies
+            given["distributed_executor_backend"] = "external_launcher"
+            if given.get("seed") is None:
+                given["seed"] = int(os.environ["RANK"])
+            _join_ranks()
         length = given.get("max_model_len") or TOKENS
         work = Work(given.get("max_num_seqs") or SEQUENCES, length - length // 2, max(1, length // 2))
         trainee = Trainee(model, None, work, self.max_lora_rank, empty)
         with alone(), serving(lambda: trainee):
             return TurboLLM(**given)
+
+
+def _join_ranks() -> None:
+    """Make the process group of all ranks as the trainer will: vLLM would make one of this rank alone, which stays."""
+    if not torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
 
 
 def source_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:

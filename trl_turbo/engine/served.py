@@ -19,9 +19,10 @@ from trl_turbo.engine import adapter, parity
 from trl_turbo.engine.adapter import ServedAdapter
 from trl_turbo.engine.adapter_config import active_adapter, adapter_declined, adapter_layers
 from trl_turbo.engine.errors import EngineDeclinedError
-from trl_turbo.engine.gather import agreed, assembled
+from trl_turbo.engine.gather import assembled
 from trl_turbo.engine.names import base_model, base_weights
 from trl_turbo.engine.serving import Trainee
+from trl_turbo.engine.together import agreed
 from trl_turbo.report import logger
 
 _MIB = 1 << 20
@@ -93,7 +94,7 @@ class ServedEngine:
     def compare(self, sample: Callable[[list[int], int], tuple[list[int], list[float]]]) -> str | None:
         """Say why vLLM's base weights are not the trainer's, as log-probs of one sampled answer tell, or return `None`.
 
-        Every rank must call it, and gets the same answer: which way weights are synced must be the same on all.
+        Every rank must call it, and one's reason is everybody's: which way weights are synced is the same on all.
         """
         prompt = parity.probe_prompt(self._worker.model_config.get_vocab_size())
         ids, logprobs = sample(prompt, parity.SAMPLED_TOKENS)

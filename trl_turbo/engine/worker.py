@@ -12,13 +12,14 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from trl_turbo.engine.burst import Executes
 from trl_turbo.engine.lean import LeanSteps, unfit
+from trl_turbo.engine.together import StartsTogether
 from trl_turbo.report import note
 
 #: What `worker_cls` takes.
 QUALNAME = f"{__name__}.SharedWorker"
 
 
-class SharedWorker(Executes, Worker):
+class SharedWorker(StartsTogether, Executes, Worker):
     """Keeps the weights out of the pool that sleep mode empties.
 
     vLLM puts all that `load_model` allocates into the pool `weights`, which level 1 copies to the host and level 2

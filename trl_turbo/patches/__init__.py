@@ -13,6 +13,7 @@ BUILTIN: tuple[str, ...] = (
     "trl_turbo.patches.packing",
     # Before rollouts, which give their cache up when they end: it must be measured inside of that
     "trl_turbo.patches.memory",
+    "trl_turbo.patches.resume",
     "trl_turbo.patches.rollout",
     # Before what replaces MLPs, so that its tiles are cut around whatever those run
     "trl_turbo.patches.checkpointing",
@@ -40,4 +41,5 @@ FEATURES: dict[str, str] = {
     "checkpointing": "gradient checkpointing that keeps layers' inputs in pinned host memory",
     "mlp_tiling": "gated MLPs that run a tile of the sequence at a time",
     "memory": "peaks of each phase beside the plan, and a plan and a checkpoint where memory runs out",
+    "resume": "checkpoints that are whole on every rank, or are not resumed from",
 }

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trl_turbo.patches.resume.checkpoints import STATE, whole_checkpoints
+
 
 class Point:
     """Where a trainer stood between two steps: its random numbers; weights and optimizer change in the next one alone.
@@ -117,7 +119,5 @@ def _from(checkpoint: Path) -> str:
 
 
 def _checkpoints(root: Path, since: float) -> dict[int, Path]:
-    """Complete checkpoints of a run by their step: the trainer's state is what is written last."""
-    states = (path for path in root.glob("checkpoint-*/trainer_state.json") if path.stat().st_mtime >= since)
-    found = (path.parent for path in states)
-    return {int(path.name.rpartition("-")[2]): path for path in found if path.name.rpartition("-")[2].isdigit()}
+    """Whole checkpoints of a run by their step."""
+    return {n: path for n, path in whole_checkpoints(root).items() if (path / STATE).stat().st_mtime >= since}

@@ -17,6 +17,7 @@ import torch
 
 from trl_turbo.compat.signatures import misfit
 from trl_turbo.engine.errors import EngineDeclinedError
+from trl_turbo.engine.together import agreed
 from trl_turbo.patches.rollout import sampler
 from trl_turbo.patches.rollout.routing import ROUTED
 from trl_turbo.patching import Replacement, as_written, extend
@@ -51,7 +52,7 @@ def _init(owner: type, original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if not self.args.use_vllm:
-            sampler.told(self, _kept(self, own) or _moved(self), ROUTED)
+            sampler.told(self, agreed(_kept(self, own)) or _moved(self), ROUTED)
         return result
 
     return method

@@ -20,6 +20,7 @@ import torch
 
 from trl_turbo.compat.signatures import misfit
 from trl_turbo.engine.errors import EngineDeclinedError
+from trl_turbo.engine.together import agreed
 from trl_turbo.patches.logprob.ppo import rollout_starts
 from trl_turbo.patches.rollout import sampler
 from trl_turbo.patching import Replacement
@@ -74,7 +75,7 @@ def _init(owner: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(self, *args, **kwargs)
         # After accelerate has put the policy where it is trained
         policy = self.accelerator.unwrap_model(self.model).policy
-        sampler.told(self, _overridden(self, owner) or _shaped(policy) or _moved(self, policy), _ROUTED)
+        sampler.told(self, agreed(_overridden(self, owner) or _shaped(policy)) or _moved(self, policy), _ROUTED)
         return result
 
     return method

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from trl_turbo.engine.serving import alone
+from trl_turbo.engine.together import agreed
 from trl_turbo.patches.rollout.sampler import asked_of_transformers, foreign, nameless, told, unknown_to
 from trl_turbo.patching import Replacement, as_written
 
@@ -53,7 +54,7 @@ def _init(module: ModuleType, owner: type, original: Callable[..., Any]) -> Call
         result = original(self, *args, **kwargs)
         if not self.use_vllm:
             engine = sys.modules[module.VLLMGeneration.__module__]
-            told(self, foreign(engine) or _kept(self, turn) or _moved(self, module), ROUTED)
+            told(self, agreed(foreign(engine) or _kept(self, turn)) or _moved(self, module), ROUTED)
         return result
 
     return method

@@ -14,6 +14,7 @@ import torch
 
 from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.serving import alone
+from trl_turbo.engine.together import agreed
 from trl_turbo.patches.rollout.release import refresh, shared_llm
 from trl_turbo.report import note
 
@@ -73,9 +74,6 @@ def start(model: Any, trainer: Any, **settings: Any) -> Any:
         EngineDeclinedError: The engine cannot share them; nothing was started.
     """
     module = importlib.import_module("trl.generation.vllm_generation")
-    reason = foreign(module) or nameless(model)
-    if reason is not None:
-        raise EngineDeclinedError(reason)
     arguments = {
         "model": model,
         "accelerator": trainer.accelerator,
@@ -85,7 +83,7 @@ def start(model: Any, trainer: Any, **settings: Any) -> Any:
         "logprobs": None,  # nobody reads them
         **settings,
     }
-    reason = unknown_to(arguments, module.VLLMGeneration)
+    reason = agreed(foreign(module) or nameless(model) or unknown_to(arguments, module.VLLMGeneration))
     if reason is not None:
         raise EngineDeclinedError(reason)
     taken = inspect.signature(module.VLLMGeneration.__init__).parameters
