@@ -11,6 +11,7 @@ from typing import Any
 from trl_turbo.compat.signatures import misfit
 from trl_turbo.engine.serving import Trainee, serving
 from trl_turbo.engine.sizing import Work
+from trl_turbo.patches.rollout import server
 from trl_turbo.patches.rollout.release import ids_only, refresh
 from trl_turbo.patching import Replacement
 
@@ -65,6 +66,7 @@ def _init_vllm(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any) -> Any:
         if self.mode != "colocate":
+            server.told(self.model)
             return original(self)
         with serving(lambda: Trainee(self.model, self.accelerator, _work(self))):
             return original(self)

@@ -10,6 +10,7 @@ from typing import Any
 from trl_turbo.compat.signatures import misfit
 from trl_turbo.engine.serving import Trainee, serving
 from trl_turbo.engine.sizing import Work
+from trl_turbo.patches.rollout import server
 from trl_turbo.patches.rollout.generation import llm_moved, turbo_llm
 from trl_turbo.patches.rollout.release import refresh, released_after
 from trl_turbo.patching import Replacement
@@ -45,7 +46,10 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Its own __init__ makes the model and the engine, in this order
         with serving(lambda: Trainee(self.model, self.accelerator, _work(self.args))):
-            return original(self, *args, **kwargs)
+            result = original(self, *args, **kwargs)
+        if self.args.use_vllm and self.args.vllm_mode == "server":
+            server.told(self.model)
+        return result
 
     return method
 
