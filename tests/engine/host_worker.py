@@ -42,7 +42,6 @@ def main(out: Path, address: str) -> None:
     }
     torch.save(found, out / f"rank-{rank}.pt")
     trained.accelerator.end_training()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

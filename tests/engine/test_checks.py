@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.engine.models import make
-from trl_turbo.engine.checks import declined
+from trl_turbo.engine.checks import declined, parallelism, unservable
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,50 @@ def test_two_dtypes_and_devices():
     model = make("qwen2_tied")
     model.model.norm.weight = nn.Parameter(torch.empty(128, device="meta"))
     assert "2 devices" in (declined(model, {}) or "")
+
+
+def _peft(**config):
+    peft = pytest.importorskip("peft")
+    chosen = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **config}
+    return peft.get_peft_model(make("qwen2_tied"), peft.LoraConfig(**chosen))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "state", "words"),
+    [
+        ({"tensor_parallel_size": 2}, {}, "tensor_parallel_size is 2"),
+        ({}, {"fsdp_plugin": object()}, "FSDP"),
+        ({}, {"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, "ZeRO stage 2"),
+        ({"tensor_parallel_size": 1, "quantization": "fp8"}, {}, None),  # declined for something else
+    ],
+)
+def test_what_is_declined_for_parallelism_alone(model, kwargs, state, words):
+    found = parallelism(model, kwargs, SimpleNamespace(state=SimpleNamespace(**state)))
+    assert found is None if words is None else words in found
+
+
+@pytest.mark.parametrize(
+    ("config", "kwargs", "state", "words"),
+    [
+        ({}, {"tensor_parallel_size": 2}, {"fsdp_plugin": SimpleNamespace(fsdp_version=2)}, None),
+        ({}, {}, {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, None),
+        ({}, {"pipeline_parallel_size": 2}, {}, "pipeline_parallel_size is 2"),
+        ({}, {"quantization": "bitsandbytes"}, {}, "quantised"),
+        ({}, {"model_impl": "transformers"}, {}, "model_impl='transformers'"),
+        ({}, {}, {"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "set fsdp_version to 2"),
+        ({"use_dora": True}, {}, {}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, {}, {}, "modules_to_save"),
+    ],
+)
+def test_an_adapter_that_cannot_be_pushed_alone(config, kwargs, state, words):
+    found = unservable(_peft(**config), kwargs, SimpleNamespace(state=SimpleNamespace(**state)))
+    assert found is None if words is None else words in found
+
+
+def test_weights_that_are_trained_beside_the_adapter(monkeypatch):
+    model = _peft()
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    assert "model.norm.weight is trained beside the adapter" in unservable(model, {})
+    model = _peft()
+    monkeypatch.setenv("TRL_TURBO_ROLLOUT_ADAPTER", "merged")
+    assert "rollout_adapter='merged'" in unservable(model, {})

@@ -29,7 +29,9 @@ def _asked(tmp: Path, patch: pytest.MonkeyPatch, *, patched: bool) -> tuple[list
     import trl_turbo
 
     before = dict(vars(vllm_client.VLLMClient))
-    report = trl_turbo.patch(logprob=False, rollout=True, verbose=False) if patched else None
+    # Kernels round otherwise than TRL does, so what is sent would differ in its last bits
+    off = dict.fromkeys(("attention", "checkpointing", "logprob", "lora", "mlp", "norms", "rope", "shared_pass"), False)
+    report = trl_turbo.patch(**off, rollout=True, verbose=False) if patched else None
     assert dict(vars(vllm_client.VLLMClient)) == before
     sent: list[Any] = []
     for name, method in without_nccl(sent).items():
