@@ -173,6 +173,14 @@ def _eager() -> None:
     vllm.LLM.__init__ = init
 
 
+def _own_shared_memory() -> None:
+    """vLLM's CPU build names its shared memory after the group alone: two launches, or one that was killed, collide."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    name, launch = _CPUSHMDistributed.make_group_name, os.environ["MASTER_PORT"]
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{name(communicator)}-{launch}")
+
+
 def _unpacked() -> None:
     """On processors with AVX-512 vLLM's CPU build packs weights, into which TRL's own sync cannot load."""
     from vllm.model_executor.layers import utils
@@ -193,6 +201,7 @@ def main(what: str, out: Path) -> None:
         _without_device_ids()
         _fsdp_on_the_cpu()
         _eager()
+        _own_shared_memory()
     labels = what.split(";")
     # All before there is a process group, in which transformers saves on the first rank alone
     models = {label: _model(out / label, CASES[label][0], **CASES[label][1]) for label in labels}
