@@ -1,4 +1,4 @@
-"""Start `parallel_worker` in two processes of this machine, as people start a training."""
+"""Start a worker in two processes of this machine, as people start a training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 LEFT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def launch(labels: tuple[str, ...], out: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def launch(worker: str, *args: str, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
     out.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*command, "--module", "tests.engine.parallel_worker", ";".join(labels), str(out)],
+        [*command, "--module", f"tests.engine.{worker}", *args, str(out)],
         cwd=ROOT,
         env={
             **{name: value for name, value in os.environ.items() if name not in LEFT},

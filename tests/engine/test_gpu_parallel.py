@@ -21,7 +21,9 @@ ROUNDING = TOLERANCE[torch.bfloat16]
 
 @pytest.mark.parametrize("labels", [("one kv head", "control"), ("fsdp", "fsdp, one rank reads")])
 def test_each_sync_pushes_the_adapter_alone(labels: tuple[str, ...], tmp_path: Path) -> None:
-    result = launch(labels, tmp_path, NCCL_NVLS_ENABLE="0", VLLM_ALLREDUCE_USE_SYMM_MEM="0")
+    result = launch(
+        "parallel_worker", ";".join(labels), out=tmp_path, NCCL_NVLS_ENABLE="0", VLLM_ALLREDUCE_USE_SYMM_MEM="0"
+    )
     ranks = found(tmp_path, result)
     for rank in ranks:
         for label in labels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ PUSHED = ("one kv head", "fused linears", "fsdp", "fsdp, one rank reads")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """What each rank found, how the job ended, and how many seconds after a rank raised; one launch for all tests."""
     out = tmp_path_factory.mktemp("parallel")
-    result = launch(tuple(CASES), out, ACCELERATE_USE_CPU="true")
+    result = launch("parallel_worker", ";".join(CASES), out=out, ACCELERATE_USE_CPU="true")
     ended = time.time()
     ranks = found(out, result)
     assert (out / "raised").exists(), result.stderr[-4000:]
@@ -81,3 +82,16 @@ def test_a_rank_that_raises_ends_the_job_with_its_error(launched: Launched) -> N
     assert result.returncode != 0
     assert "RuntimeError: the reward of rank 1 failed" in result.stderr
     assert seconds < 60
+
+
+def test_zero_pushes_the_adapter_alone(tmp_path: Path) -> None:
+    """Stage 3 shards base and adapter, the base from the moment it is read; stage 2 neither."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    result = launch("zero_worker", out=tmp_path, DS_ACCELERATOR="cpu")
+    for rank in found(tmp_path, result):
+        for label, stage in rank.items():
+            assert stage["served"], stage["declined"]
+            assert set(stage["sharded"]) == {label == "zero 3"}
+            assert min(stage["stale"]) > 1e-2, stage  # control: before the push
+            assert max(stage["pushed"]) < 1e-3, stage
+    assert result.returncode == 0, result.stderr[-4000:]

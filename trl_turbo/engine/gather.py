@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,12 +22,38 @@ def whole(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def assembled(model: nn.Module) -> Iterator[None]:
-    """While open, the parameters of a model that ZeRO stage 3 shards are whole, so that it can be called as it is.
+    """While open, a model that ZeRO stage 3 shards can be called as it is: a block is whole while it runs.
 
-    FSDP2's modules gather what they need themselves. Every rank must enter.
+    FSDP2's modules gather what they need themselves. Every rank must enter, and call the model as often as the others.
     """
-    with _assembled(list(model.parameters())):
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         yield
+        return
+    blocks = _blocks(model)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    around = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    with ExitStack() as stack:
+        # Whole blocks, not single modules: a kernel of ours reads weights without calling the module that has them
+        for block in blocks:
+            now = stack.enter_context(ExitStack())
+            stack.callback(block.register_forward_pre_hook(_opens(now)).remove)
+            stack.callback(block.register_forward_hook(lambda *_, now=now: now.close()).remove)
+        stack.enter_context(_assembled(around))
+        yield
+
+
+def _opens(now: ExitStack) -> Any:
+    def before(block: nn.Module, _: Any) -> None:
+        now.enter_context(_assembled(list(block.parameters())))
+
+    return before
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The members of the outermost lists of modules: a transformer's layers."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [block for child in module.children() for block in _blocks(child)]
 
 
 @contextmanager

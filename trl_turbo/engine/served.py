@@ -22,6 +22,7 @@ from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.gather import agreed, assembled
 from trl_turbo.engine.names import base_model, base_weights
 from trl_turbo.engine.serving import Trainee
+from trl_turbo.report import logger
 
 _MIB = 1 << 20
 
@@ -96,12 +97,17 @@ class ServedEngine:
         """
         prompt = parity.probe_prompt(self._worker.model_config.get_vocab_size())
         ids, logprobs = sample(prompt, parity.SAMPLED_TOKENS)
+        return agreed(self._differs(prompt, ids, logprobs) if _has_weights(self._trainee.accelerator) else None)
+
+    def _differs(self, prompt: list[int], ids: list[int], logprobs: list[float]) -> str | None:
         model = self._trainee.model
-        with assembled(model):
-            reason = None
-            if _has_weights(self._trainee.accelerator):
-                reason = parity.gap(model, prompt, ids, logprobs, self._worker.model_config.dtype).reason
-        return agreed(reason)
+        try:
+            with assembled(model), _attention_where_it_is(self._base):
+                return parity.gap(model, prompt, ids, logprobs, self._worker.model_config.dtype).reason
+        except Exception as error:
+            # A reason like another: the other ranks wait for this one's answer
+            logger.debug("the trainer's model could not be asked", exc_info=True)
+            return f"the trainer's model could not be asked for its log-probs ({type(error).__name__}: {error})"
 
     @property
     def way(self) -> str:
@@ -134,6 +140,21 @@ def llm_kwargs(trainee: Trainee, given: dict[str, Any]) -> dict[str, Any]:
         # As for an engine that shares: see `start`
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
     return kwargs
+
+
+@contextmanager
+def _attention_where_it_is(base: Any) -> Iterator[None]:
+    """While open, a model that waits on the CPU to be sharded attends by a way that works there."""
+    chosen = base.config._attn_implementation
+    on_cpu = next(base.parameters()).device.type == "cpu" and torch.cuda.is_available()
+    if not on_cpu or chosen in ("eager", "sdpa"):
+        yield
+        return
+    base.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        base.config._attn_implementation = chosen
 
 
 def _has_weights(accelerator: Any) -> bool:
