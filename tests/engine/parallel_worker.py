@@ -45,26 +45,34 @@ def _model(out: Path, family: str, *, shape: Any = None, changed: bool = False, 
     return model
 
 
-def _trainer(out: Path, model: Any, *, adapter: bool = True, reward: Any = _slow, **more: Any) -> Any:
+def _trainer(out: Path, model: Any, *, kind: str, adapter: bool, reward: Any, **more: Any) -> Any:
     from peft import LoraConfig
     from transformers import AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
 
-    from tests.engine.trainers import dataset, settings
+    from tests.engine.trainers import trainer
 
     wanted = {"vllm_tensor_parallel_size": 2, "num_generations": 8, "learning_rate": 2e-2, "max_steps": 3}
-    wanted |= {"use_cpu": not GPU, "bf16": GPU, **more}
-    return GRPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=settings(GRPOConfig, out / "out", **wanted),
-        train_dataset=dataset(),
-        processing_class=AutoTokenizer.from_pretrained(model.name_or_path),
+    made = trainer(
+        kind,
+        out,
         peft_config=LoraConfig(**LORA) if adapter else None,
+        loaded=(model, AutoTokenizer.from_pretrained(model.name_or_path)),
+        **{**wanted, "use_cpu": not GPU, "bf16": GPU, **more},
     )
+    made.reward_funcs = [reward]
+    return made
 
 
-def _train(out: Path, model: Any, *, break_push: bool = False, **more: Any) -> dict[str, Any]:
+def _train(
+    out: Path,
+    model: Any,
+    *,
+    kind: str = "GRPO",
+    adapter: bool = True,
+    reward: Any = _slow,
+    break_push: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
     """Train, and say what the ranks must agree on."""
     from vllm.distributed.parallel_state import destroy_model_parallel
 
@@ -72,8 +80,8 @@ def _train(out: Path, model: Any, *, break_push: bool = False, **more: Any) -> d
 
     report = trl_turbo.patch(logprob=False, rollout=True, verbose=False)
     _sharded(more.pop("sharded", None))
-    trainer = _trainer(out, model, **more)
-    llm = trainer.vllm_generation.llm
+    trainer = _trainer(out, model, kind=kind, adapter=adapter, reward=reward, **more)
+    llm = trainer.vllm_generation.llm if kind == "GRPO" else trainer.llm
     served = llm.served
     copies: list[str] = []
     levels: list[int] = []
@@ -86,7 +94,13 @@ def _train(out: Path, model: Any, *, break_push: bool = False, **more: Any) -> d
     sleep = llm.llm_engine.sleep
     llm.llm_engine.sleep = lambda level=1, *args, **kwargs: (levels.append(level), sleep(level, *args, **kwargs))
     trainer.train()
+    differs = None
+    if kind != "GRPO":  # which logs no log-probs of vLLM's
+        llm.wake_up(["kv_cache"])  # TRL leaves it asleep, and vLLM would wait for ever
+        llm.refresh()
+        differs = served.compare(llm._sample)
     found = {
+        "differs": differs,
         "served": served is not None,
         "shared": llm.shared is not None,
         "copies": copies,
@@ -113,6 +127,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "control": ("qwen2_tied", {"break_push": True}),
     "one kv head": ("llama", {"shape": LONE, "vllm_enable_sleep_mode": True}),
     "fused linears": ("phi3", {}),
+    "online dpo": ("qwen2_tied", {"kind": "OnlineDPO", "vllm_enable_sleep_mode": True}),
     "fsdp": ("qwen2_tied", WHOLE),
     "fsdp, one rank reads": ("qwen2_tied", {"sharded": ONE_READS, "changed": True}),
     "another base": ("qwen2_tied", {"changed": True, "max_steps": 1}),

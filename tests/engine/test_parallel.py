@@ -42,11 +42,21 @@ def test_each_sync_pushes_the_adapter_alone(ranks: list[dict[str, Any]], label: 
     assert_equal(ranks, label)
 
 
+def test_online_dpo(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = rank["online dpo"]
+        assert found["served"], found["notes"]
+        assert not found["copies"]
+        assert found["differs"] is None
+    assert_equal(ranks, "online dpo")
+
+
 def test_sleep_mode_does_not_throw_the_base_away(ranks: list[dict[str, Any]]) -> None:
     """TRL asks for level 2, which discards weights, and then loads all of them again."""
     for rank in ranks:
-        assert rank["one kv head"]["levels"]
-        assert set(rank["one kv head"]["levels"]) == {1}
+        for label in ("one kv head", "online dpo"):
+            assert rank[label]["levels"]
+            assert set(rank[label]["levels"]) == {1}
         assert not rank["full"]["levels"]
 
 
