@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ LEFT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def launch(worker: str, *args: str, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
     out.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+<<<<<<< HEAD
     return subprocess.run(
+=======
+    launched = uuid.uuid4().hex
+    result = subprocess.run(
+>>>>>>> wt-adapter
         [*command, "--module", f"tests.engine.{worker}", *args, str(out)],
         cwd=ROOT,
         env={
@@ -26,6 +32,7 @@ def launch(worker: str, *args: str, out: Path, **env: str) -> subprocess.Complet
             "OMP_NUM_THREADS": "1",
             "TRL_TURBO_DASHBOARD": "0",
             "TRL_TURBO_GUARDS": "0",
+            "LAUNCHED_AS": launched,
             **env,
         },
         capture_output=True,
@@ -33,6 +40,9 @@ def launch(worker: str, *args: str, out: Path, **env: str) -> subprocess.Complet
         timeout=800,
         check=False,
     )
+    for left in Path("/dev/shm").glob(f"*{launched}*"):  # by a process that was ended
+        left.unlink()
+    return result
 
 
 def found(out: Path, result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
