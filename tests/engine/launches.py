@@ -19,12 +19,8 @@ LEFT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def launch(worker: str, *args: str, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
     out.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-<<<<<<< HEAD
-    return subprocess.run(
-=======
     launched = uuid.uuid4().hex
     result = subprocess.run(
->>>>>>> wt-adapter
         [*command, "--module", f"tests.engine.{worker}", *args, str(out)],
         cwd=ROOT,
         env={

@@ -192,11 +192,7 @@ def _own_shared_memory() -> None:
     """vLLM's CPU build names its shared memory after the group alone: two launches, or one that was killed, collide."""
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
-<<<<<<< HEAD
-    name, launch = _CPUSHMDistributed.make_group_name, os.environ["MASTER_PORT"]
-=======
     name, launch = _CPUSHMDistributed.make_group_name, os.environ["LAUNCHED_AS"]
->>>>>>> wt-adapter
     _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{name(communicator)}-{launch}")
 
 
