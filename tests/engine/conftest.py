@@ -11,12 +11,10 @@ import pytest
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
-# Read when vLLM is imported: one process, a small cache, no network.
+# Read when vLLM is imported: one process, a small cache.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,14 +6,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    HF_DATASETS_OFFLINE="1",
-    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
-    TOKENIZERS_PARALLELISM="false",
-    TRL_EXPERIMENTAL_SILENCE="1",
-)
-
 import pytest
 
 import trl_turbo

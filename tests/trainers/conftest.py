@@ -6,14 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    HF_DATASETS_OFFLINE="1",
-    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
-    TOKENIZERS_PARALLELISM="false",
-    TRL_EXPERIMENTAL_SILENCE="1",
-    TRANSFORMERS_VERBOSITY="error",
-)
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import pytest
 
