@@ -241,6 +241,7 @@ def test_a_server_stays_a_server(tmp_path, monkeypatch):
                 processing_class=AutoTokenizer.from_pretrained(folder),
             )
         assert started == []
-        assert not [note for note in report.notes if note.feature == "rollout"]
+        (note,) = (note.text for note in report.notes if note.feature == "rollout")
+        assert note.startswith("vllm_mode='server': TRL's own client")
     finally:
         trl_turbo.unpatch()

@@ -38,7 +38,7 @@ def unequal(ranks: list[Outcome]) -> list[str]:
     return [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
 
 
-def check(out: Path, name: str, ranks: list[Outcome], last: int = STEPS) -> None:
+def alike(out: Path, name: str, ranks: list[Outcome], last: int = STEPS) -> None:
     """Ranks are equal to the bit, and as close to one stock process as its perturbed runs are."""
     (single,) = found(out, "one-stock", 1)
     stock, *perturbed = (shared(single[f"{name} {variant}"], last) for variant in VARIANTS)
@@ -51,14 +51,14 @@ def check(out: Path, name: str, ranks: list[Outcome], last: int = STEPS) -> None
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_ranks_are_one_with_their_batches_together(out: Path, name: str) -> None:
     two = [rank[f"{name} plain"] for rank in found(out, "two", 2)]
-    check(out, name, two)
+    alike(out, name, two)
     assert two[0].series["training loss"] != two[1].series["training loss"], "both ranks had the same rows"
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(("job", "ranks"), [("two-then-one", 1), ("one-then-two", 2)])
 def test_resumed_on_another_number_of_ranks(out: Path, name: str, job: str, ranks: int) -> None:
-    check(out, name, [rank[name] for rank in found(out, job, ranks)], last=STEPS // 2)
+    alike(out, name, [rank[name] for rank in found(out, job, ranks)], last=STEPS // 2)
 
 
 def test_control_a_loss_that_goes_around_ddp_is_noticed(out: Path) -> None:
