@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
+
+from benchmarks.tables.section import About, Results, section
 
 CASES = {
     "frozen": "Frozen head, forward and backward (log-probs with gradient, entropies without)",
@@ -16,16 +16,15 @@ CASES = {
 JUDGED = ("trl", "liger_none", "liger_grpo")
 
 
-def linear_logprob(folder: Path) -> str:
+@section
+def linear_logprob(about: About, results: Results) -> str:
     """The section's tables, in Markdown."""
-    data = json.loads((folder / "linear_logprob.json").read_text())
-    about = data["environment"]
     lines = [
         f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
         f"{about['triton']}, TRL {about['trl']}, Liger {about['liger-kernel']}."
     ]
     for case, title in CASES.items():
-        rows = [row for row in data["results"] if row["case"] == case]
+        rows = [row for row in results if row["case"] == case]
         names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
         lines += ["", f"{title}; the bar is {rows[0]['bar']}x:", ""]
         lines.append(f"| N | H | {' | '.join(names)} | fastest peer / ours |")
@@ -46,13 +45,9 @@ def _row(row: dict[str, Any], names: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def lora_fold(folder: Path) -> str:
-    """The section's table, in Markdown; says so where nothing was measured yet."""
-    path = folder / "lora_fold.json"
-    if not path.exists():
-        return "Not measured yet."
-    data = json.loads(path.read_text())
-    about, results = data["environment"], data["results"]
+@section
+def lora_fold(about: About, results: Results) -> str:
+    """The section's table, in Markdown."""
     names = list(results[0]["timings"])
     lines = [
         f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
@@ -73,13 +68,9 @@ def lora_fold(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def lora(folder: Path) -> str:
-    """The section's table, in Markdown; says so where nothing was measured yet."""
-    path = folder / "lora.json"
-    if not path.exists():
-        return "Not measured yet."
-    data = json.loads(path.read_text())
-    about, results = data["environment"], data["results"]
+@section
+def lora(about: About, results: Results) -> str:
+    """The section's table, in Markdown."""
     phases = ("forward", "backward", "both")
     lines = [
         f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, PEFT "
@@ -101,13 +92,9 @@ def lora(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def blocks(folder: Path) -> str:
-    """The section's tables, in Markdown; says so where nothing was measured yet."""
-    path = folder / "blocks.json"
-    if not path.exists():
-        return "Not measured yet."
-    data = json.loads(path.read_text())
-    about, results = data["environment"], data["results"]
+@section
+def blocks(about: About, results: Results) -> str:
+    """The section's tables, in Markdown."""
     names = list(dict.fromkeys(name for row in results for name in row["forward"]["timings"]))
     lines = [
         f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
@@ -131,13 +118,9 @@ def blocks(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def attention(folder: Path) -> str:
-    """The section's tables, in Markdown; says so where nothing was measured yet."""
-    path = folder / "attention.json"
-    if not path.exists():
-        return "Not measured yet."
-    data = json.loads(path.read_text())
-    about, results = data["environment"], data["results"]
+@section
+def attention(about: About, results: Results) -> str:
+    """The section's tables, in Markdown."""
     peers = [name for row in results for name in row["both"]["timings"] if name != "trl_turbo"]
     peers = list(dict.fromkeys(peers))
     lines = [
@@ -161,13 +144,9 @@ def attention(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def packing(folder: Path) -> str:
-    """The section's table, in Markdown; says so where nothing was measured yet."""
-    path = folder / "packing.json"
-    if not path.exists():
-        return "Not measured yet."
-    data = json.loads(path.read_text())
-    about, results = data["environment"], data["results"]
+@section
+def packing(about: About, results: Results) -> str:
+    """The section's table, in Markdown."""
     names = list(dict.fromkeys(name for row in results for name in row["timings"]))
     lines = [
         f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "

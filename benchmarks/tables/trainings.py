@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables.section import NOT_MEASURED, About, Results, section
+
 STEP_COLUMNS = (
     ("peak_gb", "peak at the driver, GB"),
     ("step_s", "step, s"),
@@ -56,7 +58,7 @@ def _contests(
 ) -> str:
     files = sorted(folder.glob(pattern))
     if not files:
-        return "Not measured yet."
+        return NOT_MEASURED
     lines: list[str] = []
     for path in files:
         data = json.loads(path.read_text())
@@ -100,13 +102,9 @@ def _words(arguments: list[str]) -> str:
     return " ".join(word.removeprefix("--") for word in arguments)
 
 
-def plan(folder: Path) -> str:
-    """Predicted and measured memory; says so where nothing was measured yet."""
-    path = folder / "plan.json"
-    if not path.exists():
-        return "Not measured yet."
-    data = json.loads(path.read_text())
-    about = data["environment"]
+@section
+def plan(about: About, results: Results) -> str:
+    """Predicted and measured memory."""
     phases = ("rollout", "training", "peak")
     lines = [
         f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, TRL {about['trl']}, "
@@ -117,7 +115,7 @@ def plan(folder: Path) -> str:
         f"| | {' | '.join(phases)} |",
         "|---" * (len(phases) + 1) + "|",
     ]
-    for row in data["results"]:
+    for row in results:
         cells = [
             f"{row['predicted_gb'][phase]:.2f} / {row['measured_gb'][phase]:.2f} ({row['off_by'][phase]:+.0%})"
             for phase in phases
@@ -130,7 +128,7 @@ def longest(folder: Path) -> str:
     """The longest completions that were seen to fit; says so where nothing was measured yet."""
     files = sorted(folder.glob("longest_*.json"))
     if not files:
-        return "Not measured yet."
+        return NOT_MEASURED
     columns = ("model", "base", "cap, GB", "bar", "longest that fits", "its peak, GB", "a micro-batch, s", "card")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for path in files:
