@@ -60,3 +60,14 @@ def launched(
 def of_ranks(out: Path) -> list[dict[str, Any]]:
     """What each of two ranks wrote into the folder."""
     return [torch.load(out / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def equal_on_ranks(ranks: list[dict[str, Any]], label: str) -> list[Any]:
+    """The patched outcome of each rank, which must be equal to the bit; skips what was not trained, and says why."""
+    if isinstance(ranks[0][label], str):
+        pytest.skip(ranks[0][label])
+    ours = [rank[label]["patched"] for rank in ranks]
+    for group, tensors in ours[0].tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, ours[1].tensors[group][name]), f"{group} of {name} differs between the ranks"
+    return ours
