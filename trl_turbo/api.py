@@ -64,8 +64,8 @@ def patch(
         rollout_kv_cache_dtype: ``"fp8"`` halves the KV cache of a 16-bit model; samples then come from a slightly
             different policy. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE``, and that to ``auto``, the
             model's own dtype.
-        shared_pass: GRPO and RLOO score a rollout under the policy that sampled it with the forward of the training
-            step, where one step trains on all of it.
+        shared_pass: GRPO and RLOO score micro-batches of a rollout, under the policy that sampled it, with the forwards
+            of their training steps, where the optimizer does not step in between and memory has room for their graphs.
         lora: PEFT's LoRA layers over bf16, fp16, fp32 and bitsandbytes bases, the projections of attention together and
             gated MLPs as one function.
         norms: RMSNorms of any model that computes what our op does, found out on random input.

@@ -78,6 +78,23 @@ def test_grpo_with_an_adapter(trainer, patched, monkeypatch):
             assert torch.equal(parameter, frozen[name]), name
 
 
+@pytest.mark.parametrize(("further", "without"), [(0, 4), (100, 0)], ids=["first", "all"])
+def test_grpo_scores_micro_batches_of_a_rollout_once(trainer, patched, monkeypatch, further, without):
+    """Log-probs under the policy that sampled, of rows as TRL will shuffle them, are those of vLLM's samples."""
+    import trl_turbo
+    from trl_turbo.patches.shared_pass.room import Room
+
+    monkeypatch.setattr(Room, "further", lambda *_: further)
+    trl_turbo.patch(rollout=True, verbose=False)
+    trained = trainer("GRPO", per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2)
+    assert engine_of(trained).shared is not None, engine_of(trained).declined
+    grads = []
+    trained.model.register_forward_pre_hook(lambda *_: grads.append(torch.is_grad_enabled()))
+    trained.train()
+    assert (sum(grads), len(grads) - sum(grads)) == (8, without)
+    assert max(metric(trained, GAP)) < 1e-3, metric(trained, GAP)
+
+
 def test_grpo_on_packed_rows(trainer, patched, monkeypatch):
     """vLLM's log-probs of what it sampled are those of the packed passes, in which a group's prompt is there once."""
     import trl_turbo

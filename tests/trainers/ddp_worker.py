@@ -40,6 +40,12 @@ CASES = {
     # Stock PPO reads `.policy` off its model, which DDP has wrapped, where an adapter stands for the reference
     if parts[0] != "PPO" or not any(parts[1:])
 }
+# A rollout that is trained on in one step, and in two micro-batches of one
+for label, options in {
+    "one-step": {"steps_per_generation": 1},
+    "accumulated": {"steps_per_generation": 2, "gradient_accumulation_steps": 2},
+}.items():
+    CASES[f"RLOO-lora-{label}"] = Case("RLOO", {**OPTIONS["RLOO"], **options}, peft=lora())
 # Trained on packed rows, too, which is off by default
 PACKED = ("GRPO-lora-checkpointed", "DPO-checkpointed", "OnlineDPO-lora")
 LABELS = sorted([*CASES, *(f"{label}-packed" for label in PACKED)])
@@ -63,7 +69,11 @@ def _patched(case: Case, **features: bool) -> dict[str, Any]:
     # Requests hold functions, which do not travel: what is asked of them is whether all were answered
     unanswered = [request for request in path.requests if not request.answered]
     assert not unanswered, path.notes
-    return {"patched": ours, "path": Way([], path.kernel[:1], 0, path.notes, path.others)}
+    return {
+        "patched": ours,
+        "passes": (sum(call.grad for call in path.kernel), sum(not call.grad for call in path.kernel)),
+        "path": Way([], path.kernel[:1], 0, path.notes, path.others),
+    }
 
 
 def _packed(case: Case) -> dict[str, Any]:

@@ -27,3 +27,14 @@ def test_two_processes(ranks: list[dict[str, Any]], label: str) -> None:
         found = rank[label]
         found["path"].assert_ours()
         assert_same(found["stock"], found["patched"], found["perturbed"])
+
+
+# Two optimizer steps with one rollout each: passes with gradients, and without, the reference's one or two a rollout
+SCORED = {"RLOO-lora-one-step": (2, 2), "RLOO-lora-accumulated": (4, 2 + 4)}
+
+
+@pytest.mark.parametrize("label", SCORED)
+def test_a_rollouts_first_micro_batch_is_scored_once(ranks: list[dict[str, Any]], label: str) -> None:
+    for rank in ranks:
+        assert rank[label]["passes"] == SCORED[label]
+        assert [("DDP takes one" in text) for text in rank[label]["path"].others] == [True] * ("accum" in label)

@@ -208,14 +208,18 @@ def test_pages_stop_where_others_need_the_memory() -> None:
 
 
 @pytest.mark.parametrize(("copy_ms", "kept"), [(0.0, False), (10.0, True)])
-def test_copies_that_the_device_waits_for_are_given_up(copy_ms: float, kept: bool) -> None:
+@pytest.mark.parametrize("between_ms", [0.0, 1e6], ids=["at-once", "later"])
+def test_copies_that_the_device_waits_for_are_given_up(copy_ms: float, kept: bool, between_ms: float) -> None:
+    """What happens between forward and backward, a reward function for one, is not counted as theirs."""
     report = trl_turbo.patch(verbose=False)
     stack, x, lane = layers(), inputs(), LateLane(copy_ms=copy_ms)
     offloader = Offloader(lane, smallest_bytes=0)
     forward(stack, x, None, False).square().sum().backward()
     expected = gradients(stack, x)
     for _ in range(4):
-        forward(stack, x, offloader, False).square().sum().backward()
+        loss = forward(stack, x, offloader, False).square().sum()
+        lane.clock_ms += between_ms
+        loss.backward()
         assert_equal(gradients(stack, x), expected)
     # The first pass pins memory and is not judged; the second is
     assert lane.stored == (2 if kept else 4) * LAYERS

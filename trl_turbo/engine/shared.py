@@ -158,5 +158,10 @@ class SharedEngine:
             kv_released=self.kv_released,
         )
 
+    @property
+    def released_bytes(self) -> int:
+        """Bytes of the KV cache that are given up at the moment."""
+        return self._kv_bytes if self.kv_released else 0
+
     def _graph_bytes(self) -> int:
         return int(getattr(self._worker, "graph_bytes", 0) or 0)  # a CPU worker captures none

@@ -15,11 +15,26 @@ LARGEST_SHARE = 0.03
 
 @dataclass
 class _Pass:
-    """One forward and backward."""
+    """One forward and backward, or several that are in flight together.
+
+    Between the two, as much else may happen as does where what was scored waits for its training step.
+
+    Attributes:
+        nbytes: Of an input.
+        grown: How often memory had been pinned.
+        begin: When forward began.
+        forward_end: When the last input was saved.
+        turn: When backward wanted the first one.
+        end: When backward had come to the last layer so far.
+        waits: Between which moments the device waited.
+        copies: Between which moments something was copied out.
+    """
 
     nbytes: int
     grown: int
     begin: Any
+    forward_end: Any = None
+    turn: Any = None
     end: Any = None
     waits: list[tuple[Any, Any]] = field(default_factory=list)
     copies: list[tuple[Any, Any]] = field(default_factory=list)
@@ -58,6 +73,7 @@ class Costs:
         begin = self._lane.now(copying=True)
         moment = copy()
         self._pass.copies.append((begin, self._lane.now(copying=True)))
+        self._pass.forward_end = self._lane.now()
         return moment
 
     def timed_wait(self, moment: Any) -> None:
@@ -69,6 +85,11 @@ class Costs:
         self._lane.wait(moment)
         self._pass.waits.append((begin, self._lane.now()))
 
+    def wanted(self) -> None:
+        """Backward wants an input."""
+        if self._pass is not None and self._pass.turn is None:
+            self._pass.turn = self._lane.now()
+
     def reached(self) -> None:
         """Backward has come to one more layer."""
         if self._pass is not None:
@@ -78,10 +99,13 @@ class Costs:
         done = self._pass
         if done is None or done.end is None or done.grown != self._lane.grown or not done.copies:
             return
-        whole = self._lane.milliseconds(done.begin, done.end)
+        parts = [self._lane.milliseconds(*pair) for pair in ((done.begin, done.forward_end), (done.turn, done.end))]
         waits = [self._lane.milliseconds(*pair) for pair in done.waits]
         copies = [self._lane.milliseconds(*pair) for pair in done.copies]
-        if not whole or any(time is None for time in (*waits, *copies)):
+        if any(time is None for time in (*parts, *waits, *copies)):
+            return
+        whole = sum(time or 0.0 for time in parts)
+        if not whole:
             return
         share = sum(time or 0.0 for time in waits) / whole
         self._found[done.nbytes.bit_length()] = share

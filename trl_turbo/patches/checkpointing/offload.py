@@ -98,6 +98,7 @@ class Offloader:
         """The tensor again, on the device; the one that backward wants next is sent for."""
         if not isinstance(kept, Slot):
             return kept
+        self.costs.wanted()
         if kept.device_copy is None:
             self._fetch(kept)
         x = kept.device_copy

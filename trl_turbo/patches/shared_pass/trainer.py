@@ -1,9 +1,14 @@
-"""GRPO and RLOO: the log-probs of a rollout under the policy that sampled it, out of the forward of the training step.
+"""GRPO and RLOO: the log-probs of a rollout under the policy that sampled it, out of the forward of training steps.
 
 TRL scores a rollout without gradients right after sampling, for its correction of vLLM's log-probs or for the ratio to
-the old policy, and again with gradients in the training step. Where one step trains on all of the rollout, with the
-weights that it was scored under, both are the same function of the same numbers. So the first is run as the second
-would be, and what it gave is kept for the loss: a quarter of the training part's products are not made twice.
+the old policy, and again with gradients in the training steps. Until the optimizer steps, both are the same function of
+the same numbers. So micro-batches that are trained on before it does are scored as their training steps would, and what
+that gave is kept for the loss: a quarter of the training part's products are not made twice.
+
+Of a rollout that is trained on in several micro-batches, the first costs nothing: its graph is what its training step
+would make right after. Graphs of further ones are kept where memory is free that the rollout had (`room`), the rest is
+scored as TRL does. Which rows a micro-batch will have is read off the random numbers that TRL's shuffle draws next; a
+rollout that is then shuffled otherwise is scored anew.
 """
 
 from __future__ import annotations
@@ -18,8 +23,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.parallel import DistributedDataParallel
 
 from trl_turbo.compat.signatures import misfit
+from trl_turbo.patches.shared_pass.room import Room
 from trl_turbo.patching import Replacement
 from trl_turbo.report import note
 
@@ -29,29 +36,46 @@ FIRST = ("self", "model", "input_ids", "attention_mask", "logits_to_keep")
 
 
 @dataclass
+class _MicroBatch:
+    """What will be trained on in one step.
+
+    Attributes:
+        input_ids: int64 [B, L].
+        attention_mask: [B, L].
+        keep: How many tokens of a row are scored.
+        found: What TRL's method gave, with gradients.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    keep: int
+    found: tuple[Any, ...]
+
+
+@dataclass
 class _Rollout:
-    """One rollout of a trainer, from its sampling to its training step.
+    """One rollout of a trainer, from its sampling to the last of its training steps that use what was scored.
 
     Attributes:
         adapters: Which adapters the policy is made of.
         checkpointing: Whether gradient checkpointing is on; TRL turns it off while it scores.
         scored: Whether the policy has been scored.
-        key: What was scored: input_ids [B, L], attention_mask [B, L] and how many tokens are kept.
-        found: What TRL's method gave, with gradients.
+        kept: Micro-batches that were scored with gradients and not trained on yet.
         versions: Of the trained parameters at that time.
     """
 
     adapters: tuple[Any, ...]
     checkpointing: bool
     scored: bool = False
-    key: tuple[torch.Tensor, torch.Tensor, int] | None = None
-    found: tuple[Any, ...] = ()
+    kept: list[_MicroBatch] = field(default_factory=list)
     versions: tuple[int, ...] = field(default=())
 
 
 _ROLLOUTS: WeakKeyDictionary[Any, _Rollout] = WeakKeyDictionary()
-# Trainers whose model draws random numbers in its forward
-_RANDOM: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_ROOMS: WeakKeyDictionary[Any, Room] = WeakKeyDictionary()
+# Trainers that score apart from now on, and why
+_APART: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_SHUFFLED = "random numbers are drawn between scoring and TRL's shuffle, so that micro-batches cannot be foreseen"
 
 
 def probe(module: ModuleType, trainer_name: str) -> str | None:
@@ -72,20 +96,21 @@ def build(module: ModuleType, trainer_name: str) -> Iterator[Replacement]:
 def declined(trainer: Any) -> str | None:
     """Why a trainer scores a rollout apart from its training step, in words, or `None`."""
     args = trainer.args
-    if args.steps_per_generation != 1 or trainer.num_iterations != 1:
-        return (
-            f"a rollout is trained on in {args.steps_per_generation * trainer.num_iterations} passes "
-            "(steps_per_generation x num_iterations)"
-        )
-    if trainer.accelerator.num_processes > 1 or trainer.model_wrapped is not trainer.model:
-        return "the model is wrapped for more than one process, or compiled"
+    wrapped = trainer.model_wrapped
+    if (wrapped is not trainer.model or trainer.accelerator.num_processes > 1) and not _is_ddp(trainer):
+        return "the model is sharded over processes, or compiled"
     if getattr(args, "use_liger_kernel", False):
         return "use_liger_kernel=True"
     if getattr(trainer, "aux_loss_enabled", False):
         return "the loss has a mixture of experts' auxiliary part"
     if getattr(trainer, "_entropy_bonus_enabled", False):
         return "the loss differentiates the entropy"
-    return "the model draws random numbers, as dropout does" if trainer in _RANDOM else None
+    return _APART.get(trainer)
+
+
+def _is_ddp(trainer: Any) -> bool:
+    wrapped = trainer.model_wrapped
+    return isinstance(wrapped, DistributedDataParallel) and wrapped.module is trainer.model
 
 
 def _rolled_out(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,8 +146,8 @@ def _scored(original: Callable[..., Any]) -> Callable[..., Any]:
         if args:  # RLOO names all but this one
             kwargs, args = {"batch_size": args[0], **kwargs}, args[1:]
 
-        def run(**more: Any) -> Any:
-            return original(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs | more)
+        def run() -> Any:
+            return original(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
         rollout = _ROLLOUTS.get(self)
         if rollout is None or args or any(v is not None for k, v in kwargs.items() if k not in _UNDERSTOOD):
@@ -133,16 +158,7 @@ def _scored(original: Callable[..., Any]) -> Callable[..., Any]:
         if rollout.scored or model is not self.model or _adapters(model) != rollout.adapters:
             return run()
         rollout.scored = True
-        before = _drawn(input_ids.device)
-        with _as_in_training(self, rollout):
-            # All rows at once, as the training step has them
-            found = run(compute_entropy=True, batch_size=None)
-        if _drawn(input_ids.device) != before:
-            _RANDOM[self] = True
-            _ROLLOUTS.pop(self, None)
-        elif found[0].requires_grad:
-            rollout.key, rollout.found, rollout.versions = key, found, _versions(self.model)
-        return (found[0].detach(), None, *found[2:])
+        return _shared(self, rollout, functools.partial(original, self), key, kwargs) or run()
 
     return method
 
@@ -151,22 +167,120 @@ def _scored(original: Callable[..., Any]) -> Callable[..., Any]:
 _UNDERSTOOD = ("batch_size", "compute_entropy", "compute_aux_loss")
 
 
+def _shared(
+    trainer: Any, rollout: _Rollout, score: Callable[..., Any], key: tuple[Any, Any, int], kwargs: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """What TRL asks for, some of it out of forwards of training steps; `None` where all is scored as TRL does."""
+    input_ids, attention_mask, keep = key
+    device = input_ids.device
+    batches = _upcoming(trainer, len(input_ids))
+    if batches is None:
+        return None
+    batches = [rows.to(device) for rows in batches]
+
+    def in_training(rows: torch.Tensor) -> tuple[Any, ...]:
+        these = (input_ids[rows], attention_mask[rows], keep)
+        with _as_in_training(trainer, rollout):
+            # Through what wraps the model, and all rows at once
+            found = score(trainer.model_wrapped, *these, **{**kwargs, "compute_entropy": True, "batch_size": None})
+        rollout.kept.append(_MicroBatch(*these, found))
+        return found
+
+    room = _ROOMS.setdefault(trainer, Room())
+    room.opened(device)
+    before = _random_states(device)
+    parts = [in_training(batches[0])]
+    if _drawn_since(before):
+        _APART[trainer] = "the model draws random numbers, as dropout does"
+    if trainer in _APART or not parts[0][0].requires_grad:
+        _ROLLOUTS.pop(trainer, None)
+        _restore(before)
+        return None
+    wanted = _before_the_optimizer(trainer)
+    further = 0 if _is_ddp(trainer) else room.further(trainer, device)
+    parts += map(in_training, batches[1:wanted][:further])
+    rollout.versions = _versions(trainer.model)
+    _tell(trainer, room, len(parts), wanted)
+    if len(parts) < len(batches):
+        rows = torch.cat(batches[len(parts) :])
+        parts.append(score(trainer.model, input_ids[rows], attention_mask[rows], keep, **kwargs))
+    logps = torch.cat([part[0].detach() for part in parts])
+    return (logps[torch.cat(batches).argsort()], None, *parts[0][2:])
+
+
+def _upcoming(trainer: Any, rows: int) -> list[torch.Tensor] | None:
+    """The rows of each micro-batch, as TRL's shuffle is about to draw them; `None` where they are not of one size."""
+    count = trainer.args.steps_per_generation
+    if count > 1 and rows != count * trainer.args.per_device_train_batch_size:
+        return None
+    state = torch.get_rng_state()
+    order = torch.randperm(rows)
+    torch.set_rng_state(state)
+    return list(order.split(rows // count))
+
+
+def _before_the_optimizer(trainer: Any) -> int:
+    """How many micro-batches of a rollout are trained on before the weights change."""
+    args = trainer.args
+    every = args.gradient_accumulation_steps
+    return int(min(args.steps_per_generation, every - trainer._step % every))
+
+
+def _tell(trainer: Any, room: Room, kept: int, wanted: int) -> None:
+    """Say which micro-batches are scored in a pass of their own, and why."""
+    name = type(trainer).__name__
+    if wanted < trainer.args.steps_per_generation:
+        note(
+            "shared_pass",
+            f"{name}: weights change between the micro-batches of a rollout (steps_per_generation="
+            f"{trainer.args.steps_per_generation} > gradient_accumulation_steps="
+            f"{trainer.args.gradient_accumulation_steps}): those after it are scored in a pass of their own",
+        )
+    if kept < wanted and not room.is_measuring:
+        why = (
+            "DDP takes one" if _is_ddp(trainer) else "more would take more memory than the KV cache leaves to training"
+        )
+        note(
+            "shared_pass",
+            f"{name}: not all micro-batches of a rollout wait for backward at once ({why}): "
+            "the others are scored in a pass of their own",
+        )
+
+
 def _ready(
     trainer: Any, rollout: _Rollout, key: tuple[Any, Any, int], kwargs: dict[str, Any]
 ) -> tuple[Any, ...] | None:
     """What was scored already, in the order of these rows; `None` where it was something else."""
-    _ROLLOUTS.pop(trainer, None)
-    if rollout.key is None or not kwargs.get("compute_entropy") or kwargs.get("compute_aux_loss"):
+    if not rollout.kept or not kwargs.get("compute_entropy") or kwargs.get("compute_aux_loss"):
+        _ROLLOUTS.pop(trainer, None)
         return None
-    ids, mask, keep = rollout.key
-    if keep != key[2] or ids.shape != key[0].shape or rollout.versions != _versions(trainer.model):
+    batch = rollout.kept.pop(0)
+    same_weights = rollout.versions == _versions(trainer.model)
+    order = _order(batch, key) if same_weights else None
+    if not _on_every_rank(trainer, order is not None):
+        _ROLLOUTS.pop(trainer, None)
+        if same_weights:
+            _APART[trainer] = _SHUFFLED
         return None
-    # TRL shuffles the rows in between
+    if not rollout.kept:
+        _ROLLOUTS.pop(trainer, None)
+    return tuple(x[order] if isinstance(x, torch.Tensor) and x.dim() else x for x in batch.found)
+
+
+def _order(batch: _MicroBatch, key: tuple[Any, Any, int]) -> torch.Tensor | None:
+    """Where each of these rows is in a micro-batch; `None` unless all of them are."""
+    ids, mask = batch.input_ids, batch.attention_mask
+    if batch.keep != key[2] or ids.shape != key[0].shape:
+        return None
     same = torch.stack([((ids == row) & (mask == seen)).all(1) for row, seen in zip(key[0], key[1], strict=True)])
-    if not bool(same.any(1).all()):
-        return None
-    order = same.int().argmax(1)
-    return tuple(x[order] if isinstance(x, torch.Tensor) and x.dim() else x for x in rollout.found)
+    return same.int().argmax(1) if bool(same.any(1).all()) else None
+
+
+def _on_every_rank(trainer: Any, ready: bool) -> bool:
+    """Whether all ranks can go on with what they have: a forward through DDP is one of all ranks or of none."""
+    if trainer.accelerator.num_processes == 1:
+        return ready
+    return bool(trainer.accelerator.gather(torch.tensor([ready], device=trainer.accelerator.device)).all())
 
 
 @contextmanager
@@ -196,9 +310,18 @@ def _versions(model: Any) -> tuple[int, ...]:
     return tuple(parameter._version for parameter in model.parameters())
 
 
-def _drawn(device: torch.device) -> Any:
-    """Differs once random numbers were drawn, on the CPU or on a device."""
-    on_device: Any = None
+def _random_states(device: torch.device) -> list[tuple[torch.Generator, torch.Tensor]]:
+    """The generators that a model on a device draws from, and how they are now."""
+    generators = [torch.default_generator]
     if device.type == "cuda":
-        on_device = torch.cuda.default_generators[device.index or 0].get_offset()
-    return torch.default_generator.get_state().numpy().tobytes(), on_device
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    return [(generator, generator.get_state()) for generator in generators]
+
+
+def _drawn_since(states: list[tuple[torch.Generator, torch.Tensor]]) -> bool:
+    return any(not torch.equal(generator.get_state(), state) for generator, state in states)
+
+
+def _restore(states: list[tuple[torch.Generator, torch.Tensor]]) -> None:
+    for generator, state in states:
+        generator.set_state(state)

@@ -1,0 +1,68 @@
+"""How many micro-batches may wait for backward at once without a training's peak of memory growing.
+
+A rollout has its KV cache in memory; training has that memory free, and a micro-batch's graph and work in it. What is
+left of it holds graphs of further micro-batches. Both are measured: what a graph keeps as it is made, and the peak of a
+training with one graph in the first rollout, in graphs, so that it follows the lengths of later ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trl_turbo.patches.rollout.release import shared_llm
+
+
+@dataclass
+class Room:
+    """What one trainer's graphs take.
+
+    Attributes:
+        before: Bytes that torch had in use as this rollout was about to be scored.
+        graph: Bytes that its first micro-batch's graph keeps, 0 while it has not been made.
+        peak: The most that training with one graph takes beside `before`, in graphs; 0.0 while not known.
+    """
+
+    before: int = 0
+    graph: int = 0
+    peak: float = 0.0
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether this is the rollout by which it is seen what a training takes."""
+        return bool(self.graph) and not self.peak
+
+    def opened(self, device: torch.device) -> None:
+        """Note what is in use before a rollout is scored; from the second rollout on, training's peak has been seen."""
+        if device.type != "cuda":
+            return
+        if self.graph and not self.peak:
+            # A peak from before the training counts, too: then there is less room, never more
+            self.peak = (torch.cuda.max_memory_allocated(device) - self.before) / self.graph
+        self.before = torch.cuda.memory_allocated(device)
+
+    def further(self, trainer: Any, device: torch.device) -> int:
+        """How many graphs may be there beside the first, which has just been made."""
+        if device.type != "cuda":
+            return 0
+        self.graph = max(1, torch.cuda.memory_allocated(device) - self.before)
+        return fitting(released_bytes(trainer), self.graph, self.peak)
+
+
+def fitting(free: int, graph: int, peak: float) -> int:
+    """How many further graphs fit beside a training's peak.
+
+    Args:
+        free: Bytes that a rollout has and training has not.
+        graph: Bytes of one graph.
+        peak: Of a training with one graph, in graphs; 0.0 if not known, when none fits.
+    """
+    return max(0, int(free / graph - peak)) if peak else 0
+
+
+def released_bytes(trainer: Any) -> int:
+    """Bytes of the KV cache that a trainer's engine has given up until the next rollout."""
+    llm = shared_llm(getattr(trainer, "vllm_generation", trainer))
+    return llm.shared.released_bytes if llm is not None else 0
