@@ -12,17 +12,15 @@ driver. Writes OUT.json and OUT.png.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, models, scaling
-from benchmarks.grpo import FEATURES, SHOWN, patch_line, picture, run
+from benchmarks import contest, measure, scaling
+from benchmarks.contest import Contestant
+from benchmarks.grpo import DRAWN, SHOWN
 
 WAYS = ("ddp", "fsdp2", "tp")
 #: Samples a second on two GPUs, over those on one.
@@ -42,16 +40,15 @@ def launcher(way: str, ranks: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
-def runs(way: str, ranks: int, features: Sequence[str], only: Sequence[str] | None) -> dict[str, tuple[list[str], int]]:
-    """Name -> further arguments of `benchmarks.grpo_run`, and how many ranks."""
+def contestants(way: str, ranks: int, features: Sequence[str]) -> dict[str, Contestant]:
+    """TRL as it is and ours, for `ddp` on one GPU and on all."""
     more = ["--tensor-parallel", str(ranks)] if way == "tp" else []
-    contestants = {"trl": [], "trl_turbo": ["--before", patch_line(features)]}
+    arguments = {"trl": more, "trl_turbo": [*more, "--before", contest.patch_line(features)]}
     counts = (1, ranks) if way == "ddp" else (ranks,)
     return {
-        f"{name} on {count}": ([*more, *arguments], count)
-        for name, arguments in contestants.items()
+        f"{name} on {count}": Contestant(given, launcher=launcher(way, count))
+        for name, given in arguments.items()
         for count in counts
-        if not only or name in only
     }
 
 
@@ -79,29 +76,14 @@ def verdicts(way: str, results: dict[str, dict[str, Any]], ranks: int) -> list[s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = contest.parser(__doc__)
     parser.add_argument("--way", required=True, choices=WAYS)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--shape", default="qwen2.5-1.5b", choices=models.SHAPES)
-    parser.add_argument("--folder", type=Path, help="where the model is or will be; by default under /tmp")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", help="contestants, by name")
-    parser.add_argument("--features", nargs="*", default=FEATURES, help="of patch(), for trl_turbo")
     args, given = parser.parse_known_args()
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast is not there in every virtual machine
-    about = measure.environment(("trl", "vllm", "transformers", "peft", "triton", "accelerate"))
-    print("  ".join(f"{key} {value}" for key, value in about.items()))
-    folder = args.folder or Path("/tmp") / f"trl_turbo-{args.shape}"
-    # In a process of its own too, so that no memory of this one is in any peak
-    subprocess.run([sys.executable, "-m", "benchmarks.models", args.shape, str(folder)], check=True)
-    results = {}
-    for name, (more, count) in runs(args.way, args.ranks, args.features, args.only).items():
-        log = Path(f"{args.out or '/tmp/trl_turbo_bench'}.{name.replace(' ', '_')}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = ["--model", str(folder), *given, *more]
-        found = results[name] = run(arguments, None, log, launcher=launcher(args.way, count))
-        print(f"{name:<16}", found.get("error", ""), end="")
-        print("  ".join(f"{label} {found[key]:.4g}" for key, label in SHOWN if found.get(key) is not None), flush=True)
+    about = contest.environment(("vllm", "transformers", "peft", "triton", "accelerate"))
+    held = contestants(args.way, args.ranks, args.features)
+    results = contest.hold("benchmarks.grpo_run", held, args, given, SHOWN)
     missed = verdicts(args.way, results, args.ranks)
     for name, found in results.items():
         if "model" in found:
@@ -112,7 +94,7 @@ def main() -> int:
         data = {"environment": about, "way": args.way, "ranks": args.ranks, "shape": args.shape, "arguments": given}
         data |= {"features": list(args.features), "results": results, "missed": missed}
         title = f"GRPO, {args.way}, {args.ranks} x {about['card']}, {args.shape}, {' '.join(given) or 'defaults'}"
-        measure.write(args.out, data, lambda path: picture(results, title, path))
+        measure.write(args.out, data, lambda path: contest.picture(results, title, path, DRAWN))
     return int(bool(missed))
 
 

@@ -10,13 +10,11 @@ that is left, for as many probes as `--probes` says. Writes OUT.json and OUT.png
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, models
-from benchmarks.grpo import FEATURES, patch_line, run
+from benchmarks import contest, measure, models
+from benchmarks.contest import FEATURES, Contestant
 
 #: Lengths are tried in steps of this many tokens.
 GRAIN = 1000
@@ -79,18 +77,14 @@ def main() -> int:
     parser.add_argument("--features", nargs="*", default=[f for f in FEATURES if f != "rollout"])
     parser.add_argument("--out", type=Path)
     args, given = parser.parse_known_args()
-    about = measure.environment(("trl", "transformers", "peft", "triton", "bitsandbytes"))
-    print("  ".join(f"{key} {value}" for key, value in about.items()))
-    folder = args.folder or Path("/tmp") / f"trl_turbo-{args.shape}"
-    subprocess.run([sys.executable, "-m", "benchmarks.models", args.shape, str(folder)], check=True)
-    fixed = ["--model", str(folder), "--cap-gb", str(args.cap_gb), *given]
+    about = contest.environment(("transformers", "peft", "triton", "bitsandbytes"))
+    fixed = ["--model", str(contest.model(args.shape, args.folder)), "--cap-gb", str(args.cap_gb), *given]
     fixed += [] if args.sixteen_bit else ["--load-in-4bit"]
-    fixed += [] if args.stock else ["--before", patch_line(args.features)]
+    fixed += [] if args.stock else ["--before", contest.patch_line(args.features)]
     probes: list[dict[str, Any]] = []
     while len(probes) < args.probes and (completion := following(probes, args.bar)) is not None:
         log = Path(f"{args.out or '/tmp/trl_turbo_longest'}.{completion}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        found = run([*fixed, "--completion", str(completion)], None, log, "benchmarks.longest_run")
+        found = contest.run("benchmarks.longest_run", Contestant([*fixed, "--completion", str(completion)]), log)
         if "error" in found:
             print(f"{completion:>9,} tokens  {found['error']}")
             return 1

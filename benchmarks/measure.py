@@ -102,11 +102,11 @@ def as_rows(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
 
 
 def write(out: Path, data: Mapping[str, Any], picture: Callable[[Path], None]) -> None:
-    """Write OUT.json and, by `picture`, OUT.png."""
+    """Write OUT.json and, by `picture`, OUT.png; OUT may have dots in it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    picture(out.with_suffix(".png"))
-    print(f"\nwrote {out.with_suffix('.json')} and .png")
+    out.with_name(f"{out.name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    picture(out.with_name(f"{out.name}.png"))
+    print(f"\nwrote {out}.json and .png")
 
 
 def _timing(values: list[float], extra_mib: float) -> Timing:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, models
-from benchmarks.grpo import FEATURES, patch_line, run
+from benchmarks import contest, measure, models
+from benchmarks.contest import FEATURES, Contestant
 
 BAR = 0.1
 #: Name -> shape, and arguments of the run.
@@ -108,8 +107,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="+", type=int, help="cases, by number from 0")
     args, given = parser.parse_known_args()
-    about = measure.environment(("trl", "vllm", "transformers", "peft", "triton", "bitsandbytes"))
-    print("  ".join(f"{key} {value}" for key, value in about.items()))
+    about = contest.environment(("vllm", "transformers", "peft", "triton", "bitsandbytes"))
     others = used_by_others()
     rows: list[dict[str, Any]] = []
     failed = []
@@ -117,13 +115,12 @@ def main() -> int:
         if args.only and number not in args.only:
             continue
         print(f"\n{case}")
-        folder = Path("/tmp") / f"trl_turbo-{shape}"
-        subprocess.run([sys.executable, "-m", "benchmarks.models", shape, str(folder)], check=True)
+        folder = contest.model(shape)
         wanted = predicted(shape, arguments, features_of(case))
         log = Path(f"{args.out or '/tmp/trl_turbo_plan'}.{number}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        before = ["--before", patch_line(features_of(case))]
-        found = run(["--model", str(folder), "--steps", "3", *arguments, *given, *before], None, log)
+        before = ["--before", contest.patch_line(features_of(case))]
+        who = Contestant(["--model", str(folder), "--steps", "3", *arguments, *given, *before])
+        found = contest.run("benchmarks.grpo_run", who, log)
         if "error" in found or not found.get("phases"):
             failed.append(case)
             print(found.get("error", "no phase was measured"))

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import distributed, longest, plan
+from benchmarks import contest, distributed, longest, plan
+from benchmarks.contest import Contestant
 from benchmarks.tables import trainings
 
 ANSWER: dict[str, Any] = {
@@ -40,7 +41,7 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def call(name: str, answer: Any, *arguments: str, out: str = "out") -> tuple[int, dict[str, Any]]:
         command = importlib.import_module(f"benchmarks.{name}")
-        monkeypatch.setattr(command, "run", answer)
+        monkeypatch.setattr(contest, "run", lambda module, who, log: answer(who))
         monkeypatch.setattr(sys, "argv", [name, *arguments, "--out", str(tmp_path / out)])
         status = command.main()
         path = tmp_path / f"{out}.json"
@@ -53,8 +54,8 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_grpo(call: Any, tmp_path: Path) -> None:
     given = []
 
-    def answer(arguments: list[str], *_: Any) -> dict[str, Any]:
-        given.append(arguments)
+    def answer(who: Contestant) -> dict[str, Any]:
+        given.append(who.arguments)
         return ANSWER
 
     status, data = call("grpo", answer, "--completion", "4096", "--sleep", "--only", "trl", "trl_turbo", out="grpo_x")
@@ -70,12 +71,19 @@ def test_grpo(call: Any, tmp_path: Path) -> None:
     assert "trl_turbo takes 1.00x the memory" in trainings.grpo(tmp_path)
 
 
+DPO = ("--trainer", "dpo")
+
+
 def test_trainers(call: Any) -> None:
-    status, data = call("trainers", lambda *_: ANSWER, "--trainer", "ppo", "--path", "trl1.12=/x", "--turbo-path", "/x")
+    status, data = call(
+        "trainers", lambda who: ANSWER, "--trainer", "ppo", "--path", "trl1.12=/x", "--turbo-path", "/x"
+    )
     assert status == 0
     assert set(data["results"]) == {"trl1.12", "trl_turbo over the other TRL"}
-    status, data = call("trainers", lambda *_: {"error": "no"} if _[0][-1] != "x" else ANSWER, "--trainer", "dpo")
+    status, data = call("trainers", lambda who: ANSWER if "--before" in who.arguments else {"error": "no"}, *DPO)
     assert status == 1
+    assert "error" in data["results"]["trl"]
+    assert "error" not in data["results"]["trl_turbo"]
 
 
 def test_plan(call: Any) -> None:
@@ -84,7 +92,7 @@ def test_plan(call: Any) -> None:
     def answer(near: float) -> Any:
         measured = {phase: {"measured": int(size * near)} for phase, size in wanted.items()}
         peak = max(wanted.values()) * near / 2**30 - ANSWER["in_use_at_first_gb"]
-        return lambda *_: ANSWER | {"phases": measured, "peak_gb": peak}
+        return lambda who: ANSWER | {"phases": measured, "peak_gb": peak}
 
     status, data = call("plan", answer(1.0), "--only", "0")
     assert status == 0
@@ -94,8 +102,8 @@ def test_plan(call: Any) -> None:
 
 
 def test_longest(call: Any) -> None:
-    def answer(arguments: list[str], *_: Any) -> dict[str, Any]:
-        n = int(arguments[arguments.index("--completion") + 1])
+    def answer(who: Contestant) -> dict[str, Any]:
+        n = int(who.arguments[who.arguments.index("--completion") + 1])
         fits = n <= 47_300
         return {"completion": n, "fits": fits, "peak_gb": n / 2000, "micro_batch_s": [1.0], "out_of_memory": "no"}
 
@@ -111,9 +119,9 @@ def test_longest(call: Any) -> None:
 def test_distributed(call: Any, tmp_path: Path, way: str, runs: int) -> None:
     launchers = []
 
-    def answer(*_: Any, launcher: list[str]) -> dict[str, Any]:
-        launchers.append(launcher)
-        if not launcher:
+    def answer(who: Contestant) -> dict[str, Any]:
+        launchers.append(who.launcher)
+        if not who.launcher:
             return ANSWER
         link = {"latency_s": 1e-5, "bytes_s": 1e11}
         rank = {"rollouts_s": [1.0, 1.1], "steps_s": [1.5, 1.6], "peak_gb": 6.0}
