@@ -1,9 +1,10 @@
 """Run TRL's own test files twice, as they are and patched, and compare every outcome.
 
-    python tests/upstream/compare.py CHECKOUT [pytest arguments]
+    python tests/upstream/compare.py CHECKOUT [--stand-ins] [pytest arguments]
 
-CHECKOUT is a clone of TRL at the installed version: the wheels and source archives carry no tests, and the tests load
-their models from a hub, so this needs a network. Without pytest arguments the files of the five trainers are run.
+CHECKOUT is a clone of TRL at the installed version: the wheels and source archives carry no tests. The tests load
+their models from a hub; with `--stand-ins` models of the same names and architectures are made here (`hub.py`), and no
+network is needed. Without pytest arguments the files of the five trainers are run.
 """
 
 from __future__ import annotations
@@ -22,16 +23,27 @@ FILES = (
     "tests/experimental/test_online_dpo_trainer.py",
     "tests/experimental/test_ppo_trainer.py",
 )
-REPOSITORY = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+# By their own names: `tests` is the checkout's package
+PATHS = (str(HERE), str(HERE.parents[1]))
 
 
-def run(checkout: Path, arguments: list[str], patched: bool) -> dict[str, str]:
-    """Outcome by test: `passed`, `failed`, `error` or `skipped`."""
+def run(checkout: Path, arguments: list[str], *, patched: bool, hub: Path | None = None) -> dict[str, str]:
+    """Outcome by test: `passed`, `failed`, `error` or `skipped`.
+
+    Args:
+        checkout: Where the tests are.
+        arguments: For pytest.
+        patched: Whether TRL is patched before.
+        hub: A cache with stand-ins for what the hub has.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        plugin = ["-p", "tests.upstream.patched"] if patched else []
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-        command = [sys.executable, "-m", "pytest", "-q", *plugin, f"--junit-xml={report}", *arguments]
+        plugins = [*(["-p", "patched"] if patched else []), *(["-p", "hub"] if hub is not None else [])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])}
+        if hub is not None:
+            environment |= {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", *plugins, f"--junit-xml={report}", *arguments]
         code = subprocess.run(command, cwd=checkout, env=environment, check=False).returncode
         if not report.exists():
             raise SystemExit(
@@ -62,10 +74,17 @@ def differences(stock: dict[str, str], patched: dict[str, str]) -> list[str]:
 def main(arguments: list[str]) -> int:
     if not arguments or not (checkout := Path(arguments[0])).is_dir():
         raise SystemExit(f"a clone of TRL is needed as the first argument, found {arguments[:1]}; see this file's top.")
-    chosen = arguments[1:] or [name for name in FILES if (checkout / name).exists()]
+    stand_ins, given = "--stand-ins" in arguments, [each for each in arguments[1:] if each != "--stand-ins"]
+    files = [name for name in FILES if (checkout / name).exists()]
+    chosen = given or files
     if not chosen:
         raise SystemExit(f"{checkout} has none of {', '.join(FILES)}: name a clone of TRL, or the tests to run.")
-    stock, patched = run(checkout, chosen, patched=False), run(checkout, chosen, patched=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if stand_ins:
+            fill = [sys.executable, str(HERE / "hub.py"), folder, *(str(checkout / name) for name in files)]
+            subprocess.run(fill, check=True)
+        hub = Path(folder) if stand_ins else None
+        stock, patched = (run(checkout, chosen, patched=each, hub=hub) for each in (False, True))
     lines = differences(stock, patched)
     counts = {kind: sum(value == kind for value in stock.values()) for kind in sorted(set(stock.values()))}
     print(f"\n{len(stock)} tests stock {counts}; {len(lines)} differ patched", *lines, sep="\n")
