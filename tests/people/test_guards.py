@@ -80,7 +80,7 @@ def run(make: Callable[[], Any], **raises: Any) -> None:
 
 
 def long_steps(**options: Any) -> dict[str, Any]:
-    return {"steps": STEPS, "learning_rate": 1e-6, **options}
+    return {"steps": STEPS + 3, "learning_rate": 1e-6, **options}
 
 
 #: Name of the guard, and of the case -> what is trained, what stock raises, and the words of the warning.
@@ -197,13 +197,13 @@ def lora() -> LoraConfig:
 
 
 def constant_rloo(tiny: Path, out: Path) -> Any:
-    trainer = rloo(tiny, out, STEPS, learning_rate=1e-6)
+    trainer = rloo(tiny, out, STEPS + 3, learning_rate=1e-6)
     trainer.reward_funcs = [same]
     return trainer
 
 
 def endless_online_dpo(tiny: Path, out: Path) -> Any:
-    trainer = online_dpo(tiny, out, STEPS, learning_rate=1e-6)
+    trainer = online_dpo(tiny, out, STEPS + 3, learning_rate=1e-6)
     trainer.generation_config.suppress_tokens = ENDLESS["suppress_tokens"]
     return trainer
 

@@ -71,6 +71,7 @@ class Guards(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._score: Any = None
+        self._told: set[str] = set()
         self._streaks = {
             "constant_reward": Streak(STEPS, LOGS),
             "truncated": Streak(STEPS, LOGS),
@@ -92,20 +93,20 @@ class Guards(TrainerCallback):
             ("truncated", self._truncated),
             ("logp_drift", self._drift),
         ):
-            if wanted(guard):
+            if wanted(guard) and guard not in self._told:
                 self._guarded(guard, functools.partial(text, numbers, state.global_step))
 
     def finish(self) -> None:
         """Nothing is left to be done."""
 
-    @staticmethod
-    def _guarded(guard: str, check: Callable[[], str | None]) -> None:
+    def _guarded(self, guard: str, check: Callable[[], str | None]) -> None:
         try:
             text = check()
         except Exception as error:
             note("guards", f"{guard} could not be looked at: {type(error).__name__}: {error}")
             return
         if text is not None:
+            self._told.add(guard)
             warn(guard, text)
 
     def _constant_reward(self, logs: Mapping[str, float], step: int) -> str | None:
