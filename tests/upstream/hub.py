@@ -17,13 +17,13 @@ NAME = re.compile(r"trl-internal-testing/(tiny-(\w+?)For(CausalLM|SequenceClassi
 REVISION = "0" * 40
 VOCABULARY = 320
 SIZES: dict[str, Any] = {
-    "hidden_size": 16,
+    "hidden_size": 64,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
-    "head_dim": 4,
+    "head_dim": 32,  # the least that vLLM has on a CPU
     "moe_intermediate_size": 16,
     "num_experts": 4,
     "num_local_experts": 4,
