@@ -201,11 +201,14 @@ def _shared(
     parts += map(in_training, batches[1:wanted][:further])
     rollout.versions = _versions(trainer.model)
     _tell(trainer, room, len(parts), wanted)
+    order = batches[: len(parts)]
     if len(parts) < len(batches):
-        rows = torch.cat(batches[len(parts) :])
+        # In the order of the rollout, where answers to one prompt follow each other
+        rows = torch.cat(batches[len(parts) :]).sort().values
         parts.append(score(trainer.model, input_ids[rows], attention_mask[rows], keep, **kwargs))
+        order.append(rows)
     logps = torch.cat([part[0].detach() for part in parts])
-    return (logps[torch.cat(batches).argsort()], None, *parts[0][2:])
+    return (logps[torch.cat(order).argsort()], None, *parts[0][2:])
 
 
 def _upcoming(trainer: Any, rows: int) -> list[torch.Tensor] | None:
