@@ -143,7 +143,7 @@ def test_dropout_is_drawn_as_in_stock() -> None:
 @pytest.mark.parametrize(
     ("free", "graph", "peak", "further"),
     [
-        (800, 100, 0.0, 0),  # the first rollout, by which the peak is seen
+        (800, 100, 0.0, 0),  # the rollouts by which the peak is seen
         (800, 100, 3.0, 5),  # 3 graphs' worth of the cache is training's own peak
         (800, 100, 8.0, 0),
         (800, 100, 9.0, 0),
@@ -157,18 +157,26 @@ def test_what_fits_beside_trainings_peak(free: int, graph: int, peak: float, fur
     assert not further or graph * (peak + further) <= free
 
 
-def test_room_is_measured_in_the_first_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
-    used, peak = iter([1000, 1100, 1010, 1130]), 1400
+@pytest.mark.parametrize("released", [1000, 0], ids=["engine", "none"])
+def test_room_is_measured_once_torch_gave_up_what_it_did_not_use(
+    released: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there before the first rollout, such as the start of an engine, is in torch's cache after it."""
+    used, reserved = iter([1000, 1100, 1010, 1110, 1010, 1130]), iter([1410])
+    cache = iter([0, released, released, released, released, released])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(used))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
-    monkeypatch.setattr(room, "released_bytes", lambda trainer: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
+    monkeypatch.setattr(room, "released_bytes", lambda trainer: next(cache))
     found, device = Room(), torch.device("cuda")
-    found.opened(device)
-    assert found.further(None, device) == 0
-    assert found.is_measuring
-    found.opened(device)
-    assert found.further(None, device) == 4  # 1000 / 120 graphs, less 400 / 100 of training
-    assert not found.is_measuring
+    further, measuring = [], []
+    for _ in range(3):
+        found.begin(None, device)
+        found.open(device)
+        further.append(found.further(None, device))
+        measuring.append(found.is_measuring)
+    # 1000 / 120 graphs, less the (1410 - 1010) / 100 of training
+    assert further == [0, 0, 4 if released else 0]
+    assert measuring == ([True, True, False] if released else [False] * 3)
     assert Room().further(None, torch.device("cpu")) == 0
 
 

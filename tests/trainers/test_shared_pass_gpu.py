@@ -30,7 +30,7 @@ OPTIONS = {
 ONCE = STEPS * MICRO_BATCHES
 
 
-# The first rollout measures, so that it shares one micro-batch whatever there is
+# The first rollout is measured (of an engine's, the second), so that it shares one micro-batch whatever there is
 @pytest.mark.parametrize(
     ("released", "apart", "said"),
     [(0, STEPS, ["more would take more memory"]), (1 << 40, 1, [])],

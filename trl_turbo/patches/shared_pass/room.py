@@ -1,8 +1,10 @@
 """How many micro-batches may wait for backward at once without a training's peak of memory growing.
 
 A rollout has its KV cache in memory; training has that memory free, and a micro-batch's graph and work in it. What is
-left of it holds graphs of further micro-batches. Both are measured: what a graph keeps as it is made, and the peak of a
-training with one graph in the first rollout, in graphs, so that it follows the lengths of later ones.
+left of it holds graphs of further micro-batches. Both are measured: what a graph keeps as it is made, and what torch
+takes for training with one graph, in graphs, so that it follows the lengths of later rollouts. Before the KV cache
+comes back torch gives up what it does not use, so that what it has at the end of a training is that training's peak,
+and no counter of the script's own is reset.
 """
 
 from __future__ import annotations
@@ -22,33 +24,42 @@ class Room:
     Attributes:
         before: Bytes that torch had in use as this rollout was about to be scored.
         graph: Bytes that its first micro-batch's graph keeps, 0 while it has not been made.
+        free: Bytes that the KV cache has given up for this rollout's training.
+        is_clean: Whether torch had given up what it did not use before this rollout.
         peak: The most that training with one graph takes beside `before`, in graphs; 0.0 while not known.
     """
 
     before: int = 0
     graph: int = 0
+    free: int = 0
+    is_clean: bool = False
     peak: float = 0.0
 
     @property
     def is_measuring(self) -> bool:
-        """Whether this is the rollout by which it is seen what a training takes."""
-        return bool(self.graph) and not self.peak
+        """Whether it is still being seen what a training takes."""
+        return self.free > 0 and not self.peak
 
-    def opened(self, device: torch.device) -> None:
-        """Note what is in use before a rollout is scored; from the second rollout on, training's peak has been seen."""
+    def begin(self, trainer: Any, device: torch.device) -> None:
+        """A rollout begins, and what was trained on before has ended."""
         if device.type != "cuda":
             return
-        if self.graph and not self.peak:
-            # A peak from before the training counts, too: then there is less room, never more
-            self.peak = (torch.cuda.max_memory_allocated(device) - self.before) / self.graph
-        self.before = torch.cuda.memory_allocated(device)
+        if self.is_clean and self.graph and not self.peak:
+            self.peak = (torch.cuda.memory_reserved(device) - self.before) / self.graph
+        self.is_clean = released_bytes(trainer) > 0
+
+    def open(self, device: torch.device) -> None:
+        """Note what is in use before a rollout is scored."""
+        if device.type == "cuda":
+            self.before = torch.cuda.memory_allocated(device)
 
     def further(self, trainer: Any, device: torch.device) -> int:
         """How many graphs may be there beside the first, which has just been made."""
         if device.type != "cuda":
             return 0
         self.graph = max(1, torch.cuda.memory_allocated(device) - self.before)
-        return fitting(released_bytes(trainer), self.graph, self.peak)
+        self.free = released_bytes(trainer)
+        return fitting(self.free, self.graph, self.peak)
 
 
 def fitting(free: int, graph: int, peak: float) -> int:

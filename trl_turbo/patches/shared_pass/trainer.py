@@ -121,6 +121,7 @@ def _rolled_out(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, inputs)
         reason = declined(self)
         if reason is None:
+            _ROOMS.setdefault(self, Room()).begin(self, self.accelerator.device)
             _ROLLOUTS[self] = _Rollout(_adapters(self.model), bool(self.model.is_gradient_checkpointing))
         try:
             answer = original(self, inputs)
@@ -186,8 +187,8 @@ def _shared(
         rollout.kept.append(_MicroBatch(*these, found))
         return found
 
-    room = _ROOMS.setdefault(trainer, Room())
-    room.opened(device)
+    room = _ROOMS[trainer]
+    room.open(device)
     before = _random_states(device)
     parts = [in_training(batches[0])]
     if _drawn_since(before):
