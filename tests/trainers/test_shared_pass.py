@@ -162,18 +162,21 @@ def test_room_is_measured_once_torch_gave_up_what_it_did_not_use(
     released: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was there before the first rollout, such as the start of an engine, is in torch's cache after it."""
-    used, reserved = iter([1000, 1100, 1010, 1110, 1010, 1130]), iter([1410])
+    used, reserved = iter([1000, 1100, 1010, 1110, 1010, 1130]), {}
     cache = iter([0, released, released, released, released, released])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(used))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved["now"])
     monkeypatch.setattr(room, "released_bytes", lambda trainer: next(cache))
     found, device = Room(), torch.device("cuda")
     further, measuring = [], []
-    for _ in range(3):
+    for loaded, after_backward in ((9000, 9000), (9000, 1410), (1100, 1600)):  # an evaluation came after the second
+        reserved["now"] = loaded
         found.begin(None, device)
         found.open(device)
         further.append(found.further(None, device))
         measuring.append(found.is_measuring)
+        reserved["now"] = after_backward
+        found.watch(device)
     # 1000 / 120 graphs, less the (1410 - 1010) / 100 of training
     assert further == [0, 0, 4 if released else 0]
     assert measuring == ([True, True, False] if released else [False] * 3)

@@ -3,8 +3,8 @@
 A rollout has its KV cache in memory; training has that memory free, and a micro-batch's graph and work in it. What is
 left of it holds graphs of further micro-batches. Both are measured: what a graph keeps as it is made, and what torch
 takes for training with one graph, in graphs, so that it follows the lengths of later rollouts. Before the KV cache
-comes back torch gives up what it does not use, so that what it has at the end of a training is that training's peak,
-and no counter of the script's own is reset.
+comes back torch gives up what it does not use, so that what it has after a backward is that training's peak, and no
+counter of the script's own is reset.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Room:
         graph: Bytes that its first micro-batch's graph keeps, 0 while it has not been made.
         free: Bytes that the KV cache has given up for this rollout's training.
         is_clean: Whether torch had given up what it did not use before this rollout.
+        taken: The most that torch was seen to have since then.
         peak: The most that training with one graph takes beside `before`, in graphs; 0.0 while not known.
     """
 
@@ -33,6 +34,7 @@ class Room:
     graph: int = 0
     free: int = 0
     is_clean: bool = False
+    taken: int = 0
     peak: float = 0.0
 
     @property
@@ -44,14 +46,20 @@ class Room:
         """A rollout begins, and what was trained on before has ended."""
         if device.type != "cuda":
             return
+        self.watch(device)
         if self.is_clean and self.graph and not self.peak:
-            self.peak = (torch.cuda.memory_reserved(device) - self.before) / self.graph
+            self.peak = (self.taken - self.before) / self.graph
         self.is_clean = released_bytes(trainer) > 0
 
     def open(self, device: torch.device) -> None:
         """Note what is in use before a rollout is scored."""
         if device.type == "cuda":
-            self.before = torch.cuda.memory_allocated(device)
+            self.before, self.taken = torch.cuda.memory_allocated(device), 0
+
+    def watch(self, device: torch.device) -> None:
+        """Look at what torch has, before each micro-batch: by the end an evaluation may have made it give that up."""
+        if device.type == "cuda":
+            self.taken = max(self.taken, torch.cuda.memory_reserved(device))
 
     def further(self, trainer: Any, device: torch.device) -> int:
         """How many graphs may be there beside the first, which has just been made."""

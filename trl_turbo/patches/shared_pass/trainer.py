@@ -150,6 +150,8 @@ def _scored(original: Callable[..., Any]) -> Callable[..., Any]:
         def run() -> Any:
             return original(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
+        if torch.is_grad_enabled() and self in _ROOMS:
+            _ROOMS[self].watch(input_ids.device)
         rollout = _ROLLOUTS.get(self)
         if rollout is None or args or any(v is not None for k, v in kwargs.items() if k not in _UNDERSTOOD):
             return run()
