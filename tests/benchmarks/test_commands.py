@@ -137,6 +137,8 @@ def test_distributed(call: Any, tmp_path: Path, way: str, runs: int) -> None:
     data["environment"] |= {"driver": "x"}
     (tmp_path / f"ranks_{way}.json").write_text(json.dumps(data))
     assert "trl_turbo on 2" in trainings.distributed(tmp_path)
+    _, data = call("distributed", answer, "--way", way, "--only", "trl_turbo", out="only")
+    assert {name.partition(" on ")[0] for name in data["results"]} == {"trl_turbo"}
 
 
 def test_distributed_says_what_is_missed() -> None:
