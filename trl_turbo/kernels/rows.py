@@ -12,14 +12,18 @@ import torch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Row numbers are 32 bits wide in the kernels, and go a little beyond the last row
 _MOST_ROWS = 1 << 30
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def takes(*tensors: torch.Tensor) -> bool:
     """Whether kernels take these: on CUDA, with elements, of `DTYPES`; no subclasses, which have ways of their own."""
-    return all(
-        x.is_cuda and x.dtype in DTYPES and type(x) in (torch.Tensor, torch.nn.Parameter) and x.numel() > 0
-        for x in tensors
-    ) and all(x.numel() // x.shape[-1] < _MOST_ROWS for x in tensors)
+    for x in tensors:
+        if not x.is_cuda or x.dtype not in DTYPES or type(x) not in _PLAIN:
+            return False
+        count = x.numel()
+        if count == 0 or count // x.shape[-1] >= _MOST_ROWS:
+            return False
+    return True
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -57,6 +61,7 @@ class Order:
         self.shape = like.shape
         self.count = like.shape[:-1].numel()
         self.order, self.back = _order(like.shape, like.stride())
+        self.straight = self.order == self.back == tuple(range(len(self.order)))
 
     def rows(self, x: torch.Tensor) -> Rows:
         """x [..., D] as rows, or its copy where its strides are odd."""
@@ -69,12 +74,14 @@ class Order:
 
     def ordered(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D or 1] with its dimensions in this order."""
-        return x.permute(*self.order, x.ndim - 1)
+        return x if self.straight else x.permute(*self.order, x.ndim - 1)
 
     def empty(self, like: torch.Tensor, dtype: torch.dtype, width: int | None = None) -> torch.Tensor:
         """A new tensor [..., D or `width`], dense, in this order in memory."""
-        shape = [*(self.shape[i] for i in self.order), self.shape[-1] if width is None else width]
-        new = torch.empty(shape, dtype=dtype, device=like.device)
+        columns = self.shape[-1] if width is None else width
+        if self.straight:
+            return torch.empty((*self.shape[:-1], columns), dtype=dtype, device=like.device)
+        new = torch.empty((*(self.shape[i] for i in self.order), columns), dtype=dtype, device=like.device)
         return new.permute(*self.back, len(self.order))
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.lora.linears import F64, exact, parameters, peft_layer, plainly, projection
 from trl_turbo.kernels.linear_logprob.reference import excess_error
-from trl_turbo.kernels.lora import halves, lora_mlp, mlp
+from trl_turbo.kernels.lora import halves, lora_mlp, mlp, together
 
 
 @pytest.fixture
@@ -101,12 +101,13 @@ def test_tiles_give_what_all_rows_give(rows, tiled, calls):
 
 
 def test_tiles_are_of_whole_blocks_and_nearly_of_one_size(monkeypatch):
-    projections = made()
+    gate, up, down = made()
+    gated = mlp.Gated(together(gate, up), together(down), "silu")
     monkeypatch.setattr(mlp, "TILE_BYTES", 9 * 8 * 5000)
-    found = list(mlp.tiles(torch.empty(33_792, 6), projections))
+    found = list(mlp.tiles(torch.empty(33_792, 6), gated))
     assert [part.stop - part.start for part in found] == [4864] * 6 + [4608]
     assert [part.start for part in found] == [4864 * i for i in range(7)]
-    assert list(mlp.tiles(torch.empty(0, 6), projections)) == [slice(0, 0)]
+    assert list(mlp.tiles(torch.empty(0, 6), gated)) == [slice(0, 0)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from trl_turbo.kernels import get_override
+from trl_turbo.kernels.autograd import once_differentiable
 from trl_turbo.kernels.rows import takes
 
 from . import batches, dense

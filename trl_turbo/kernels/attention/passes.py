@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from trl_turbo.kernels.rows import on
+from trl_turbo.kernels.sizes import next_power_of_2
 
 from .kernel_forward import forward_kernel
 from .kernel_key import key_kernel, sum_kernel
@@ -154,7 +154,7 @@ def _strided(*tensors: torch.Tensor) -> list[torch.Tensor | int]:
 
 
 def _columns(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def _tile(which: str, q: torch.Tensor) -> Tile:

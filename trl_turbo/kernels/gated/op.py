@@ -6,8 +6,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from trl_turbo.kernels.autograd import once_differentiable
 from trl_turbo.kernels.rows import takes
 
 from . import reference

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from trl_turbo.kernels.rows import Order, Rows, on
+from trl_turbo.kernels.sizes import ceil_div
 
 from . import reference
 from .kernel import backward_kernel, forward_kernel
@@ -58,7 +58,7 @@ def _rows(order: Order, *tensors: torch.Tensor) -> tuple[tuple[int], int, list[R
     if all(x.dense for x in rows):
         rows = [Rows(x.tensor, 1, 0, 0) for x in rows]
         count, columns = 1, count * columns
-    return (count * triton.cdiv(columns, BLOCK),), columns, rows
+    return (count * ceil_div(columns, BLOCK),), columns, rows
 
 
 def _flat(rows: list[Rows]) -> list[object]:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from trl_turbo.kernels.autograd import once_differentiable
 
 from . import checks, passes, plan, tiles
 from .op import make_spec

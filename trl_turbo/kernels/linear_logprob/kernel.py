@@ -7,7 +7,8 @@ tile of 4,096 x 16,384 is small, but the hidden states and the head are not.
 from __future__ import annotations
 
 import torch
-import triton
+
+from trl_turbo.kernels.sizes import ceil_div, next_power_of_2
 
 from .kernel_fold import fold_kernel
 from .kernel_grad import grad_kernel, jacobian_kernel
@@ -33,7 +34,7 @@ def fold(
     n, w = tile.shape
     if n == 0:
         return
-    block = min(max(triton.next_power_of_2(w), 128), _FOLD_BLOCK)
+    block = min(max(next_power_of_2(w), 128), _FOLD_BLOCK)
     fold_kernel[(n,)](
         tile,
         tile.stride(0),
@@ -80,7 +81,7 @@ def jacobian(
     n, h = out.shape
     if n == 0 or h == 0:
         return
-    jacobian_kernel[(n, triton.cdiv(h, _JACOBIAN_BLOCK))](
+    jacobian_kernel[(n, ceil_div(h, _JACOBIAN_BLOCK))](
         acc,
         acc.stride(0),
         stats,
@@ -118,8 +119,8 @@ def grad_tile(
         return
     if grad_entropy is not None and entropy is None:
         raise ValueError("The gradient of the entropy needs the entropy.")
-    block = min(max(triton.next_power_of_2(w), 128), _GRAD_BLOCK)
-    grad_kernel[(n, triton.cdiv(w, block))](
+    block = min(max(next_power_of_2(w), 128), _GRAD_BLOCK)
+    grad_kernel[(n, ceil_div(w, block))](
         tile,
         tile.stride(0),
         tile if bias is None else bias,

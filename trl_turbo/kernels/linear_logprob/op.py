@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from trl_turbo.kernels import get_override
+from trl_turbo.kernels.autograd import once_differentiable
 
 from . import checks, passes
 from .spec import OUTPUTS, LinearLogprobOutput, Spec, Transform

@@ -2,6 +2,17 @@
 
 from .base import Dense, EightBit, FourBit
 from .op import lora_linear, lora_mlp, lora_qkv
-from .spec import Adapter, Base, Projection
+from .spec import Adapter, Base, Projection, together
 
-__all__ = ["Adapter", "Base", "Dense", "EightBit", "FourBit", "Projection", "lora_linear", "lora_mlp", "lora_qkv"]
+__all__ = [
+    "Adapter",
+    "Base",
+    "Dense",
+    "EightBit",
+    "FourBit",
+    "Projection",
+    "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
+    "together",
+]

@@ -10,13 +10,14 @@ import torch
 from torch.nn import functional
 
 from .scratch import buffer
+from .spec import to
 
 
 def _add(grad: torch.Tensor, weight: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
     return torch.mm(grad, weight) if into is None else into.addmm_(grad, weight)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense:
     """A linear in a floating dtype.
 
@@ -39,19 +40,19 @@ class Dense:
 
     def product(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:  # noqa: ARG002
         """See `Base`."""
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        return functional.linear(x.to(self.dtype), self.weight.to(self.dtype), bias)
+        bias = None if self.bias is None else to(self.bias, self.dtype)
+        return functional.linear(to(x, self.dtype), to(self.weight, self.dtype), bias)
 
     def add_gradient(self, grad: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
         """See `Base`."""
-        return _add(grad.to(self.dtype), self.weight.to(self.dtype), into)
+        return _add(to(grad, self.dtype), to(self.weight, self.dtype), into)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """See `Base`."""
         return (self.weight,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FourBit:
     """A linear of bitsandbytes in 4 bits, nf4 or fp4, its scales quantised again or not.
 
@@ -78,20 +79,20 @@ class FourBit:
 
     def product(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:
         """See `Base`."""
-        x = x.to(self.dtype)
-        bias = None if self.bias is None else self.bias.to(self.dtype)
+        x = to(x, self.dtype)
+        bias = None if self.bias is None else to(self.bias, self.dtype)
         if not training:  # bitsandbytes has kernels for few rows, which do not dequantise
             from bitsandbytes import matmul_4bit
 
             with torch.no_grad():
                 return matmul_4bit(x, self.weight, quant_state=self.state, bias=bias).to(self.result)
         with buffer(tuple(self.state.shape), self.state.dtype, self.weight.device) as out:
-            return functional.linear(x, self._dequantised(out), bias).to(self.result)
+            return to(functional.linear(x, self._dequantised(out), bias), self.result)
 
     def add_gradient(self, grad: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
         """See `Base`."""
         with buffer(tuple(self.state.shape), self.state.dtype, self.weight.device) as out:
-            return _add(grad.to(self.dtype), self._dequantised(out), into)
+            return _add(to(grad, self.dtype), self._dequantised(out), into)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """See `Base`."""
@@ -105,10 +106,10 @@ class FourBit:
             dequantize_4bit(packed, self.state, out=out)
         else:  # bitsandbytes 0.50 writes into a given tensor on CUDA alone
             out.copy_(dequantize_4bit(packed, self.state))
-        return out.to(self.dtype)
+        return to(out, self.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EightBit:
     """A linear of bitsandbytes in 8 bits (LLM.int8), whose weight is kept in 8 bits alone.
 
@@ -143,7 +144,7 @@ class EightBit:
         weight, scales = self.state.CB, self.state.SCB
         with buffer(tuple(weight.shape), self.dtype, weight.device) as out:
             out.copy_(weight).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))  # the order of bitsandbytes
-            return _add(grad.to(self.dtype), out, into)
+            return _add(to(grad, self.dtype), out, into)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """See `Base`."""

@@ -9,14 +9,18 @@ frozen linear itself, on one H200 with [33,792, 8,960] in bf16. Here it costs no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from trl_turbo.kernels.gated.kernel import activate
 from trl_turbo.kernels.rows import on
+from trl_turbo.kernels.sizes import ceil_div, next_power_of_2
 
-from .spec import Adapter
+#: lora_B [I, r] in the dtype of `low`, and the scaling, of gate's adapter and of up's; `None` where there is none.
+Sides = Sequence[tuple[torch.Tensor, float] | None]
 
 #: Rows and columns of a tile, tiles that a program goes down, and its warps: 16 elements of each half a thread. Of nine
 #: such shapes the fastest on one H200: 3.3 TB/s both ways with [11,264, 8,960] in bf16, where a copy has 4.1.
@@ -144,12 +148,12 @@ def forward(
     gate: torch.Tensor,  # [N, I]
     up: torch.Tensor,  # [N, I]
     low: torch.Tensor,  # [N, R]
-    adapters: tuple[Adapter | None, Adapter | None],
+    sides: Sides,
     activation: str,
     h: torch.Tensor,  # [N, I]
 ) -> torch.Tensor:
     """h, written; `low` has the columns of gate's adapter and then those of up's."""
-    _launch(forward_kernel, (gate, up, h), low, adapters, activation)
+    _launch(forward_kernel, (gate, up, h), low, sides, activation)
     return h
 
 
@@ -158,36 +162,35 @@ def backward(
     gate: torch.Tensor,  # [N, I]
     up: torch.Tensor,  # [N, I]
     low: torch.Tensor,  # [N, R]
-    adapters: tuple[Adapter | None, Adapter | None],
+    sides: Sides,
     activation: str,
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # h, of gate, of up: [N, I] each
 ) -> None:
     """Writes the outputs."""
-    _launch(backward_kernel, (grad, gate, up, *outputs), low, adapters, activation)
+    _launch(backward_kernel, (grad, gate, up, *outputs), low, sides, activation)
 
 
 def _launch(
     kernel: triton.JITFunction,
     tensors: tuple[torch.Tensor, ...],
     low: torch.Tensor,
-    adapters: tuple[Adapter | None, Adapter | None],
+    sides: Sides,
     activation: str,
 ) -> None:
     rows, columns = tensors[0].shape
-    gate, up = adapters
-    ranks = [0 if adapter is None else adapter.rank for adapter in adapters]
-    padded = [max(_NARROWEST, triton.next_power_of_2(rank)) for rank in ranks]
+    ranks = [0 if side is None else side[0].shape[1] for side in sides]
+    padded = [max(_NARROWEST, next_power_of_2(rank)) for rank in ranks]
     # Where there is no adapter nothing is read
-    b = [low if adapter is None else adapter.lora_B.detach().to(low.dtype).contiguous() for adapter in adapters]
+    b = [low if side is None else side[0].contiguous() for side in sides]
+    scalings = [0.0 if side is None else side[1] for side in sides]
     with on(low.device):
-        kernel[(triton.cdiv(rows, ROWS * STEPS) * triton.cdiv(columns, COLUMNS),)](
+        kernel[(ceil_div(rows, ROWS * STEPS) * ceil_div(columns, COLUMNS),)](
             *tensors,
             low,
             low[:, ranks[0] :] if ranks[1] else low,
             low.stride(0),
             *b,
-            0.0 if gate is None else gate.scaling,
-            0.0 if up is None else up.scaling,
+            *scalings,
             rows,
             columns,
             ACTIVATION=activation,

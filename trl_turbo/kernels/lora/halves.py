@@ -12,7 +12,7 @@ from trl_turbo.kernels.rows import takes
 
 from . import products
 from .products import States
-from .spec import Adapter, Projections
+from .spec import Cast, Linears
 
 
 class Halves(NamedTuple):
@@ -33,28 +33,30 @@ class Halves(NamedTuple):
     apart: bool
 
 
-def compute(x: torch.Tensor, projections: Projections, *, training: bool) -> Halves:
+def compute(x: torch.Tensor, linears: Linears, cast: Cast, *, training: bool) -> Halves:
     """Both halves of x [N, in].
 
     Args:
         x: [N, in], contiguous.
-        projections: Those of gate and up.
+        linears: Gate and up.
+        cast: Their adapters.
         training: Whether a backward pass follows.
     """
-    low, states = products.narrow(x, projections)
-    outputs = [projection.base.product(x, training=training) for projection in projections]
-    apart = _kernel(outputs, low, projections) is not None
+    low, states = products.narrow(x, linears, cast)
+    outputs = [projection.base.product(x, training=training) for projection in linears.projections]
+    apart = _kernel(outputs, low, linears) is not None
     if not apart:
-        outputs = products.add_adapters(outputs, low, projections)
+        outputs = products.add_adapters(outputs, low, linears, cast)
     return Halves(outputs[0], outputs[1], low, states, apart)
 
 
-def product(halves: Halves, projections: Projections, activation: str, *, over: bool) -> torch.Tensor:
+def product(halves: Halves, linears: Linears, cast: Cast, activation: str, *, over: bool) -> torch.Tensor:
     """h [N, I] = activation(gate) * up.
 
     Args:
         halves: From `compute`.
-        projections: As there.
+        linears: As there.
+        cast: Their adapters.
         activation: As in `trl_turbo.kernels.gated`.
         over: Whether gate may be written over; nobody may need it after.
     """
@@ -64,18 +66,19 @@ def product(halves: Halves, projections: Projections, activation: str, *, over: 
     from . import gated_kernel
 
     out = gate if over else torch.empty_like(gate)
-    return gated_kernel.forward(gate, up, low, _adapters(projections), activation, out)
+    return gated_kernel.forward(gate, up, low, _sides(linears, cast), activation, out)
 
 
 def backward(
-    grad_h: torch.Tensor, halves: Halves, projections: Projections, activation: str, *, over: bool
+    grad_h: torch.Tensor, halves: Halves, linears: Linears, cast: Cast, activation: str, *, over: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """h again, and the gradients of gate and up, [N, I] each.
 
     Args:
         grad_h: [N, I], which may be written over.
         halves: From `compute`.
-        projections: As there.
+        linears: As there.
+        cast: Their adapters.
         activation: As there.
         over: Whether gate and up may be written over.
     """
@@ -88,29 +91,32 @@ def backward(
 
     grad_h = grad_h.contiguous()
     outputs = grad_h, gate if over else torch.empty_like(gate), up if over else torch.empty_like(up)
-    gated_kernel.backward(grad_h, gate, up, low, _adapters(projections), activation, outputs)
+    gated_kernel.backward(grad_h, gate, up, low, _sides(linears, cast), activation, outputs)
     return outputs
 
 
-def _adapters(projections: Projections) -> tuple[Adapter | None, Adapter | None]:
-    gate, up = (next(iter(projection.adapters), None) for projection in projections)
-    return gate, up
+def _sides(linears: Linears, cast: Cast) -> list[tuple[torch.Tensor, float] | None]:
+    """lora_B and the scaling of gate's adapter and of up's, `None` where there is none."""
+    b = iter(cast.b)
+    return [
+        (next(b), projection.adapters[0].scaling) if projection.adapters else None for projection in linears.projections
+    ]
 
 
-def _kernel(outputs: list[torch.Tensor], low: torch.Tensor, projections: Projections) -> ModuleType | None:
+def _kernel(outputs: list[torch.Tensor], low: torch.Tensor, linears: Linears) -> ModuleType | None:
     """The kernel that adds the adapters while it multiplies, where it takes them."""
     if not takes(*outputs, low):  # without an adapter there is nothing to add
         return None
-    if any(len(projection.adapters) > 1 for projection in projections):
+    if any(len(projection.adapters) > 1 for projection in linears.projections):
         return None
-    dtypes = {low.dtype, *(y.dtype for y in outputs), *(projection.result for projection in projections)}
+    dtypes = {low.dtype, *(y.dtype for y in outputs), *(projection.result for projection in linears.projections)}
     if len(dtypes) > 1 or not all(y.is_contiguous() for y in outputs):
         return None
     try:
         from . import gated_kernel
     except ImportError:  # torch builds without Triton (Windows)
         return None
-    widest = max(adapter.rank for projection in projections for adapter in projection.adapters)
+    widest = max(adapter.rank for adapter in linears.adapters)
     return gated_kernel if widest <= gated_kernel.WIDEST else None
 
 

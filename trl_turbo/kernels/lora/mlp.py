@@ -10,14 +10,15 @@ so the down projection is not made a second time at all.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from trl_turbo.kernels.autograd import once_differentiable
 
 from . import halves as both
 from . import products
-from .spec import Projections, adapters_of, check_unchanged, plainly, rows_of, shaped, versions
+from .spec import Cast, Linears, check_unchanged, plainly, rows_of, shaped
 
 #: Bytes that one [rows, I] of a tile may take; three of them are in use at a time. Half of it is 9 % slower on one H200
 #: ([33,792, 8,960] in five tiles instead of three): a tile's launches cost the host more than the device needs for it.
@@ -26,27 +27,41 @@ TILE_BYTES = 1 << 28
 LEAST_ROWS = 2048
 
 
+class Gated(NamedTuple):
+    """A gated MLP.
+
+    Attributes:
+        first: Gate and up.
+        down: The one over their product.
+        activation: As in `trl_turbo.kernels.gated`.
+    """
+
+    first: Linears
+    down: Linears
+    activation: str
+
+
 def recomputes() -> bool:
     """Whether torch's gradient checkpointing (the kind without reentrant backward) packs what is saved now."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
-def forward(x: torch.Tensor, projections: Projections, activation: str, *, training: bool) -> torch.Tensor:
+def forward(x: torch.Tensor, gated: Gated, *, training: bool) -> torch.Tensor:
     """The MLP of x [N, in], without autograd and tile by tile: [N, out].
 
     Args:
         x: [N, in], contiguous.
-        projections: gate, up and down.
-        activation: As in `trl_turbo.kernels.gated`.
+        gated: The MLP.
         training: Whether a backward pass follows.
     """
     y: torch.Tensor | None = None
-    for rows in tiles(x, projections):
-        halves = both.compute(x[rows], projections[:2], training=training)
-        h = both.product(halves, projections[:2], activation, over=True)
+    cast = Cast(gated.first)
+    for rows in tiles(x, gated):
+        halves = both.compute(x[rows], gated.first, cast, training=training)
+        h = both.product(halves, gated.first, cast, gated.activation, over=True)
         del halves
-        (part,), _, _ = products.forward(h, projections[2:], training=training)
+        (part,), _, _ = products.forward(h, gated.down, training=training)
         if part.shape[0] == x.shape[0]:
             return part
         if y is None:
@@ -56,41 +71,38 @@ def forward(x: torch.Tensor, projections: Projections, activation: str, *, train
     return y
 
 
-def tiles(x: torch.Tensor, projections: Projections) -> Iterator[slice]:
+def tiles(x: torch.Tensor, gated: Gated) -> Iterator[slice]:
     """Rows of x [N, in] that are computed together: all of them, unless they are many and each stands by itself."""
     count = step = x.shape[0]
-    if count > LEAST_ROWS and by_rows(projections):
-        wide = projections[2].base.shape[1] * projections[0].result.itemsize
+    if count > LEAST_ROWS and by_rows(gated):
+        wide = gated.down.projections[0].base.shape[1] * gated.first.projections[0].result.itemsize
         parts = -(-count // max(LEAST_ROWS, TILE_BYTES // wide))
         step = -(-count // (128 * parts)) * 128  # of one size, and of whole blocks of a product
     for start in range(0, max(1, count), max(1, step)):
         yield slice(start, min(count, start + step))
 
 
-def by_rows(projections: Projections) -> bool:
+def by_rows(gated: Gated) -> bool:
     """Whether each row can be computed by itself: dropout is drawn for all of x at once."""
-    return all(p.base.by_rows for p in projections) and not any(a.dropout for a in adapters_of(projections))
+    if gated.first.drops or gated.down.drops:
+        return False
+    return all(p.base.by_rows for linears in (gated.first, gated.down) for p in linears.projections)
 
 
 class KeepsHalves(torch.autograd.Function):
     """Keeps x, gate and up."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        projections: Projections,
-        activation: str,
-        *tensors: torch.Tensor,  # noqa: ARG004
-    ) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, gated: Gated, *parameters: torch.Tensor) -> Any:  # noqa: ARG004
         """x [..., in] to [..., out]."""
         with plainly(x.device):
-            gate, up, low, states, ctx.apart = halves = both.compute(rows_of(x), projections[:2], training=True)
-            h = both.product(halves, projections[:2], activation, over=False)
-            (y,), low_down, states_down = products.forward(h, projections[2:], training=True)
+            cast = Cast(gated.first)
+            gate, up, low, states, ctx.apart = halves = both.compute(rows_of(x), gated.first, cast, training=True)
+            h = both.product(halves, gated.first, cast, gated.activation, over=False)
+            (y,), low_down, states_down = products.forward(h, gated.down, training=True)
         ctx.save_for_backward(x, gate, up, low, low_down)
         ctx.states = states, states_down
-        ctx.projections, ctx.versions, ctx.activation = projections, versions(projections), activation
+        ctx.gated, ctx.versions = gated, _versions(gated)
         return shaped(y, x)
 
     @staticmethod
@@ -98,15 +110,14 @@ class KeepsHalves(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         """Gradients of x and of each adapter."""
         x, gate, up, low, low_down = ctx.saved_tensors
-        check_unchanged(ctx)
+        _check_unchanged(ctx)
         states, states_down = ctx.states
         halves = both.Halves(gate, up, low, states, ctx.apart)
         with plainly(x.device):
-            of_x, rest = _gradients(
-                rows_of(x), rows_of(grad), halves, low_down, states_down, ctx, ctx.needs_input_grad, over=False
-            )
-            rest = products.in_dtypes(rest, ctx.projections)
-        return (None if of_x is None else of_x.view(x.shape)), None, None, *rest
+            casts = Cast(ctx.gated.first), Cast(ctx.gated.down)
+            of_x, rest = _gradients(rows_of(x), rows_of(grad), halves, low_down, states_down, ctx, casts, over=False)
+            rest = products.in_dtypes(rest, _parameters(ctx.gated))
+        return (None if of_x is None else of_x.view(x.shape)), None, *rest
 
 
 class KeepsInput(torch.autograd.Function):
@@ -116,16 +127,10 @@ class KeepsInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        projections: Projections,
-        activation: str,
-        *tensors: torch.Tensor,  # noqa: ARG004
-    ) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, gated: Gated, *parameters: torch.Tensor) -> Any:  # noqa: ARG004
         """x [..., in], for `Computes` and nobody else."""
         ctx.save_for_backward(x)
-        ctx.projections, ctx.versions, ctx.activation = projections, versions(projections), activation
+        ctx.gated, ctx.versions = gated, _versions(gated)
         return x.view_as(x)
 
     @staticmethod
@@ -133,44 +138,62 @@ class KeepsInput(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         """Gradients of x and of each adapter, from that of the output: the halves are made again, tile by tile."""
         (x,) = ctx.saved_tensors
-        check_unchanged(ctx)
-        projections, needs = ctx.projections, ctx.needs_input_grad
-        rows, grad = rows_of(x), rows_of(grad.to(projections[2].result))
-        of_x = torch.empty_like(rows) if needs[0] else None
+        _check_unchanged(ctx)
+        gated = ctx.gated
+        rows, grad = rows_of(x), rows_of(grad.to(gated.down.projections[0].result))
+        of_x: torch.Tensor | None = None
         rest: list[torch.Tensor | None] = []
         with plainly(x.device):
-            for part in tiles(rows, projections):
-                halves = both.compute(rows[part], projections[:2], training=True)
-                found, more = _gradients(rows[part], grad[part], halves, None, (), ctx, needs, over=True)
+            casts = Cast(gated.first), Cast(gated.down)
+            for part in tiles(rows, gated):
+                halves = both.compute(rows[part], gated.first, casts[0], training=True)
+                found, more = _gradients(rows[part], grad[part], halves, None, (), ctx, casts, over=True)
                 del halves
-                if of_x is not None and found is not None:
+                if found is not None and found.shape[0] == rows.shape[0]:
+                    of_x = found
+                elif found is not None:
+                    of_x = torch.empty_like(rows) if of_x is None else of_x
                     of_x[part] = found
                 rest = more if not rest else [_plus(one, other) for one, other in zip(rest, more, strict=True)]
-            rest = products.in_dtypes(rest, projections)
-        return (None if of_x is None else of_x.view(x.shape)), None, None, *rest
+            rest = products.in_dtypes(rest, _parameters(gated))
+        return (None if of_x is None else of_x.view(x.shape)), None, *rest
 
 
 class Computes(torch.autograd.Function):
     """The MLP of what `KeepsInput` gave; its gradient goes back as it came."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, projections: Projections, activation: str) -> torch.Tensor:  # noqa: ARG004
+    def forward(ctx: Any, x: torch.Tensor, gated: Gated) -> torch.Tensor:  # noqa: ARG004
         """x [..., in] to [..., in]: input and output are of one shape."""
         with plainly(x.device):
-            return shaped(forward(rows_of(x), projections, activation, training=True), x)
+            return shaped(forward(rows_of(x), gated, training=True), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004
         """The gradient of the output, in place of the input's."""
-        return grad, None, None
+        return grad, None
 
 
-def keeps_input(x: torch.Tensor, projections: Projections) -> bool:
+def keeps_input(x: torch.Tensor, gated: Gated) -> bool:
     """Whether `KeepsInput` serves: under gradient checkpointing, an MLP that makes of x what is laid out like x."""
-    if not recomputes() or not by_rows(projections):
+    if not recomputes() or not by_rows(gated):
         return False
-    return projections[2].base.shape[0] == x.shape[-1] and projections[2].result == x.dtype
+    (down,) = gated.down.projections
+    return down.base.shape[0] == x.shape[-1] and down.result == x.dtype
+
+
+def _versions(gated: Gated) -> tuple[list[int], list[int]]:
+    return gated.first.versions(), gated.down.versions()
+
+
+def _check_unchanged(ctx: Any) -> None:
+    for linears, then in zip((ctx.gated.first, ctx.gated.down), ctx.versions, strict=True):
+        check_unchanged(linears, then)
+
+
+def _parameters(gated: Gated) -> tuple[torch.Tensor, ...]:
+    return (*gated.first.parameters, *gated.down.parameters)
 
 
 def _gradients(
@@ -180,25 +203,25 @@ def _gradients(
     low_down: torch.Tensor | None,
     states_down: products.States,
     ctx: Any,
-    needs: tuple[bool, ...],
+    casts: tuple[Cast, Cast],
     *,
     over: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x [N, in] and of all adapters, from grad [N, out]."""
-    first, down = ctx.projections[:2], ctx.projections[2:]
-    of_halves = 2 * len(adapters_of(first))
-    wanted, wanted_down = needs[3 : 3 + of_halves], needs[3 + of_halves :]
-    states_down = states_down or (None,) * len(adapters_of(down))
-    of_h, high_down = products.input_gradient(halves.gate.dtype, down, [grad], states_down, wanted=True)
+    needs, (first, down, activation), (cast, cast_down) = ctx.needs_input_grad, ctx.gated, casts
+    of_halves = len(first.parameters)
+    wanted, wanted_down = needs[2 : 2 + of_halves], needs[2 + of_halves :]
+    states_down = states_down or (None,) * len(down.adapters)
+    of_h, high_down = products.input_gradient(halves.gate.dtype, down, [grad], states_down, cast_down, wanted=True)
     assert of_h is not None
-    h, of_gate, of_up = both.backward(of_h, halves, first, ctx.activation, over=over)
+    h, of_gate, of_up = both.backward(of_h, halves, first, cast, activation, over=over)
     del of_h
     if low_down is None:
-        low_down, _ = products.narrow(h, down)
+        low_down, _ = products.narrow(h, down, cast_down)
     rest_down = products.adapter_gradients(h, down, [grad], low_down, high_down, states_down, wanted_down)
     del h
     grads = [of_gate, of_up]
-    of_x, high = products.input_gradient(x.dtype, first, grads, halves.states, wanted=needs[0])
+    of_x, high = products.input_gradient(x.dtype, first, grads, halves.states, cast, wanted=needs[0])
     rest = products.adapter_gradients(x, first, grads, halves.low, high, halves.states, wanted)
     return of_x, [*rest, *rest_down]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from trl_turbo.kernels.autograd import once_differentiable
 
 from . import mlp, products
-from .spec import Projection, Projections, adapters_of, check, check_unchanged, plainly, rows_of, shaped, versions
+from .spec import Cast, Linears, Projection, check_unchanged, plainly, rows_of, shaped, together
 
 
 def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -45,12 +46,12 @@ def lora_qkv(x: torch.Tensor, *projections: Projection) -> tuple[torch.Tensor, .
         ValueError: Shapes or dtypes do not fit.
         RuntimeError: In backward, where a weight was changed in place since forward, or in a second derivative.
     """
-    check(x, projections)
-    tensors = _tensors(projections)
-    if _has_gradient(x, tensors):
-        return _Linears.apply(x, projections, *tensors)
+    linears = together(*projections)
+    linears.check(x)
+    if torch.is_grad_enabled() and (x.requires_grad or linears.have_gradient()):
+        return _Linears.apply(x, linears, *linears.parameters)
     with plainly(x.device):
-        return tuple(shaped(y, x) for y in products.forward(rows_of(x), projections, training=False)[0])
+        return tuple(shaped(y, x) for y in products.forward(rows_of(x), linears, training=False)[0])
 
 
 def lora_mlp(x: torch.Tensor, gate: Projection, up: Projection, down: Projection, activation: str) -> torch.Tensor:
@@ -74,52 +75,46 @@ def lora_mlp(x: torch.Tensor, gate: Projection, up: Projection, down: Projection
         ValueError: Shapes or dtypes do not fit.
         RuntimeError: In backward, where a weight was changed in place since forward, or in a second derivative.
     """
-    check(x, (gate, up))
     if gate.result != up.result:
         raise ValueError(f"The halves of a gated MLP have one dtype, and these have {gate.result} and {up.result}.")
-    projections = (gate, up, down)
-    tensors = _tensors(projections)
-    if not _has_gradient(x, tensors):
+    gated = mlp.Gated(together(gate, up), together(down), activation)
+    gated.first.check(x)
+    trained = gated.first.have_gradient() or gated.down.have_gradient()
+    if not (torch.is_grad_enabled() and (x.requires_grad or trained)):
         with plainly(x.device):
-            return shaped(mlp.forward(rows_of(x), projections, activation, training=False), x)
-    if mlp.keeps_input(x, projections):
-        return mlp.Computes.apply(mlp.KeepsInput.apply(x, projections, activation, *tensors), projections, activation)
-    return mlp.KeepsHalves.apply(x, projections, activation, *tensors)
+            return shaped(mlp.forward(rows_of(x), gated, training=False), x)
+    parameters = (*gated.first.parameters, *gated.down.parameters)
+    if mlp.keeps_input(x, gated):
+        return mlp.Computes.apply(mlp.KeepsInput.apply(x, gated, *parameters), gated)
+    return mlp.KeepsHalves.apply(x, gated, *parameters)
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, projections: Projections, *tensors: torch.Tensor) -> Any:  # noqa: ARG004
+    def forward(ctx: Any, x: torch.Tensor, linears: Linears, *parameters: torch.Tensor) -> Any:  # noqa: ARG004
         with plainly(x.device):
-            outputs, low, ctx.states = products.forward(rows_of(x), projections, training=True)
+            outputs, low, ctx.states = products.forward(rows_of(x), linears, training=True)
         needs = ctx.needs_input_grad[2:]
         ctx.save_for_backward(x if any(needs[::2]) else None, low if any(needs[1::2]) else None)
-        ctx.projections, ctx.versions, ctx.shape, ctx.dtype = projections, versions(projections), x.shape, x.dtype
+        ctx.linears, ctx.versions, ctx.shape, ctx.dtype = linears, linears.versions(), x.shape, x.dtype
         ctx.set_materialize_grads(False)
-        return tuple(shaped(y, x) for y in outputs)
+        return tuple([shaped(y, x) for y in outputs])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        projections = ctx.projections
+        linears = ctx.linears
         needs = ctx.needs_input_grad
         if all(grad is None for grad in grads):
             return (None,) * len(needs)
         x, low = ctx.saved_tensors
-        check_unchanged(ctx)
+        check_unchanged(linears, ctx.versions)
         device = next(grad.device for grad in grads if grad is not None)
         with plainly(device):
             flat = [None if grad is None else rows_of(grad) for grad in grads]
-            of_x, high = products.input_gradient(ctx.dtype, projections, flat, ctx.states, wanted=needs[0])
+            cast = Cast(linears)
+            of_x, high = products.input_gradient(ctx.dtype, linears, flat, ctx.states, cast, wanted=needs[0])
             rows = None if x is None else rows_of(x)
-            rest = products.adapter_gradients(rows, projections, flat, low, high, ctx.states, needs[2:])
-            rest = products.in_dtypes(rest, projections)
+            rest = products.adapter_gradients(rows, linears, flat, low, high, ctx.states, needs[2:])
+            rest = products.in_dtypes(rest, linears.parameters)
         return (None if of_x is None else of_x.view(ctx.shape)), None, *rest
-
-
-def _tensors(projections: Projections) -> list[torch.Tensor]:
-    return [tensor for adapter in adapters_of(projections) for tensor in (adapter.lora_A, adapter.lora_B)]
-
-
-def _has_gradient(x: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors))

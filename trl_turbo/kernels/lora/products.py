@@ -6,97 +6,110 @@ grad @ lora_B * scaling. No [out, in] of an adapter is ever formed, and no [N, i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from .dropout import drop, replay
-from .spec import Adapter, Projections, adapters_of
+from .spec import Adapter, Cast, Linears, to
 
 #: For each adapter the generator's state before its dropout, `None` where nothing was dropped
 States = tuple[torch.Tensor | None, ...]
 Grads = Sequence[torch.Tensor | None]
 # torch.mm(..., out_dtype=): from torch 2.8 on, on CUDA
 _GIVES_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()
+# What a product is added to with beta=0, which is not read: one for a device and a dtype
+_unread: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
-def forward(
-    x: torch.Tensor, projections: Projections, *, training: bool
-) -> tuple[list[torch.Tensor], torch.Tensor, States]:
+def forward(x: torch.Tensor, linears: Linears, *, training: bool) -> tuple[list[torch.Tensor], torch.Tensor, States]:
     """Outputs [N, out] of each projection, `low` [N, R] and the states of dropout.
 
     Args:
         x: [N, in], contiguous.
-        projections: Linears of this input.
+        linears: Of this input.
         training: Whether a backward pass follows.
     """
-    low, states = narrow(x, projections)
-    outputs = [projection.base.product(x, training=training) for projection in projections]
-    return add_adapters(outputs, low, projections), low, states
+    cast = Cast(linears)
+    low, states = narrow(x, linears, cast)
+    outputs = [projection.base.product(x, training=training) for projection in linears.projections]
+    return add_adapters(outputs, low, linears, cast), low, states
 
 
-def add_adapters(outputs: list[torch.Tensor], low: torch.Tensor, projections: Projections) -> list[torch.Tensor]:
+def add_adapters(outputs: list[torch.Tensor], low: torch.Tensor, linears: Linears, cast: Cast) -> list[torch.Tensor]:
     """The adapters' part on top of what the frozen linears gave, written over them where dtypes allow.
 
     Args:
         outputs: [N, out] of each projection's base.
         low: [N, R], from `narrow`.
-        projections: Linears of one input.
+        linears: Of one input.
+        cast: Their adapters.
     """
-    found, columns = [], _columns(projections)
-    for y, projection in zip(outputs, projections, strict=True):
-        compute = projection.compute
-        added: torch.Tensor | None = y if y.dtype == compute == projection.result else None
+    found, compute, parts = [], linears.compute, zip(_parts(low, linears), cast.b, strict=True)
+    for y, projection in zip(outputs, linears.projections, strict=True):
+        result = projection.result
+        added: torch.Tensor | None = y if y.dtype == compute == result else None
         for adapter in projection.adapters:
-            a, b = low[:, next(columns)], adapter.lora_B.to(compute).t()
+            a, b = next(parts)
+            b = b.t()
             added = _scaled(a, b, adapter.scaling) if added is None else added.addmm_(a, b, alpha=adapter.scaling)
-        found.append(y.to(projection.result) if added is None else _sum(y, added, projection.result))
+        if added is None:
+            found.append(to(y, result))
+        else:
+            found.append(y if added is y else to(torch.add(y, added), result))
     return found
 
 
 def input_gradient(
-    dtype: torch.dtype, projections: Projections, grads: Grads, states: States, *, wanted: bool
+    dtype: torch.dtype,
+    linears: Linears,
+    grads: Grads,
+    states: States,
+    cast: Cast,
+    *,
+    wanted: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The gradient of x, [N, in] in `dtype` and `None` unless wanted, and `high` [N, R].
 
     Args:
         dtype: Of x.
-        projections: As in forward.
+        linears: As in forward.
         grads: Of each output, [N, out], or `None`; not all of them `None`.
         states: From forward.
+        cast: Their adapters.
         wanted: Whether x has a gradient.
     """
-    compute, adapters = projections[0].compute, adapters_of(projections)
-    high = _high(projections, grads, compute)
+    compute, adapters = linears.compute, linears.adapters
+    high = _high(linears, grads, cast)
     if not wanted:
         return None, high
-    dropped = any(state is not None for state in states)
-    summands = [(grad, p.base) for grad, p in zip(grads, projections, strict=True) if grad is not None]
+    dropped = linears.drops and any(state is not None for state in states)
+    summands = [(grad, p.base) for grad, p in zip(grads, linears.projections, strict=True) if grad is not None]
     # Each sum is rounded: what is small comes first, the adapters' part and then narrow linears
-    summands.sort(key=lambda summand: summand[0].shape[1])
+    if len(summands) > 1:
+        summands.sort(key=lambda summand: summand[0].shape[1])
     first = not dropped and compute == dtype and all(base.dtype == compute for _, base in summands)
-    found = high @ _stacked(adapters, compute) if adapters and first else None
+    found = torch.mm(high, cast.a) if adapters and first else None
     for grad, base in summands:
         if found is None or found.dtype == base.dtype:
             found = base.add_gradient(grad, found)
         else:
             found = found + base.add_gradient(grad, None)
     assert found is not None
+    found = to(found, dtype)
     if not dropped:
-        found = found.to(dtype)
-        return (found.add_(high @ _stacked(adapters, compute)) if adapters and not first else found), high
-    found = found.to(dtype)
-    for adapter, state, columns in zip(adapters, states, _columns(projections), strict=True):
-        added = high[:, columns] @ adapter.lora_A.to(compute)
+        return (found.add_(high @ cast.a) if adapters and not first else found), high
+    for adapter, state, columns in zip(adapters, states, linears.columns, strict=True):
+        added = high[:, columns] @ cast.a[columns]
         if state is not None:
-            added = replay(added.to(adapter.lora_A.dtype), adapter.dropout, state)
+            added = replay(to(added, adapter.lora_A.dtype), adapter.dropout, state)
         found.add_(added)
     return found, high
 
 
 def adapter_gradients(
     x: torch.Tensor | None,
-    projections: Projections,
+    linears: Linears,
     grads: Grads,
     low: torch.Tensor,
     high: torch.Tensor,
@@ -109,110 +122,104 @@ def adapter_gradients(
 
     Args:
         x: [N, in], contiguous; `None` where no lora_A has a gradient.
-        projections: As in forward.
+        linears: As in forward.
         grads: Of each output, [N, out], or `None`.
         low: [N, R], from forward.
         high: [N, R], from `input_gradient`.
         states: From forward.
         wanted: Of each lora_A and lora_B in turn.
     """
-    compute, adapters = projections[0].compute, adapters_of(projections)
-    of_output = [grad for projection, grad in zip(projections, grads, strict=True) for _ in projection.adapters]
+    compute = linears.compute
+    of_output = [grad for p, grad in zip(linears.projections, grads, strict=True) for _ in p.adapters]
     found: list[torch.Tensor | None] = []
-    together = None
-    plain = x is not None and not any(state is not None for state in states)
+    of_all = None
+    plain = x is not None and not (linears.drops and any(state is not None for state in states))
     if x is not None and plain and any(wanted[::2]):
-        together = _summed(high.t(), x.to(compute))  # [R, in]
-    for i, (adapter, state, columns) in enumerate(zip(adapters, states, _columns(projections), strict=True)):
+        of_all = _summed(high.t(), to(x, compute))  # [R, in]
+    for i, (adapter, state, columns) in enumerate(zip(linears.adapters, states, linears.columns, strict=True)):
         grad, (of_a, of_b) = of_output[i], wanted[2 * i : 2 * i + 2]
         if not of_a or grad is None or x is None:
             found.append(None)
-        elif together is not None:
-            found.append(together[columns])
+        elif of_all is not None:
+            found.append(of_all if len(linears.adapters) == 1 else of_all[columns])
         else:
             found.append(_summed(high[:, columns].t(), _dropped(x, adapter, state, compute)))
         if not of_b or grad is None:
             found.append(None)
         else:
-            found.append(_summed(grad.to(compute).t(), low[:, columns], adapter.scaling))
+            part = low if len(linears.adapters) == 1 else low[:, columns]
+            found.append(_summed(to(grad, compute).t(), part, adapter.scaling))
     return found
 
 
-def in_dtypes(gradients: Sequence[torch.Tensor | None], projections: Projections) -> list[torch.Tensor | None]:
+def in_dtypes(
+    gradients: Sequence[torch.Tensor | None], parameters: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
     """What `adapter_gradients` gave, or a sum of it, in the dtypes of the adapters."""
-    tensors = [tensor for adapter in adapters_of(projections) for tensor in adapter[:2]]
-    return [None if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
+    return [None if g is None else to(g, t.dtype) for g, t in zip(gradients, parameters, strict=True)]
 
 
-def narrow(x: torch.Tensor, projections: Projections) -> tuple[torch.Tensor, States]:
+def narrow(x: torch.Tensor, linears: Linears, cast: Cast) -> tuple[torch.Tensor, States]:
     """`low` [N, R] of x [N, in], and the states of dropout."""
-    adapters, compute = adapters_of(projections), projections[0].compute
-    if not any(adapter.dropout for adapter in adapters):
+    adapters, compute = linears.adapters, linears.compute
+    if not linears.drops:
         if not adapters:
             return x.new_empty((x.shape[0], 0), dtype=compute), ()
-        return x.to(compute) @ _stacked(adapters, compute).t(), (None,) * len(adapters)
-    low = x.new_empty((x.shape[0], sum(adapter.rank for adapter in adapters)), dtype=compute)
+        return torch.mm(to(x, compute), cast.a.t()), (None,) * len(adapters)
+    low = x.new_empty((x.shape[0], linears.rank), dtype=compute)
     states: list[torch.Tensor | None] = []
-    start = 0
-    for adapter in adapters:
+    for adapter, columns in zip(adapters, linears.columns, strict=True):
         a, state = x, None
         if adapter.dropout:
-            a, state = drop(x.to(adapter.lora_A.dtype), adapter.dropout)
-        torch.mm(a.to(compute), adapter.lora_A.to(compute).t(), out=low[:, start : start + adapter.rank])
+            a, state = drop(to(x, adapter.lora_A.dtype), adapter.dropout)
+        torch.mm(to(a, compute), cast.a[columns].t(), out=low[:, columns])
         states.append(state)
-        start += adapter.rank
     return low, tuple(states)
 
 
-def _high(projections: Projections, grads: Grads, compute: torch.dtype) -> torch.Tensor:
+def _parts(columns: torch.Tensor, linears: Linears) -> list[torch.Tensor]:
+    """[N, r] of each adapter, of `low` or `high` [N, R]."""
+    if len(linears.adapters) == 1:
+        return [columns]
+    return [columns[:, part] for part in linears.columns]
+
+
+def _high(linears: Linears, grads: Grads, cast: Cast) -> torch.Tensor:
+    compute = linears.compute
+    if len(grads) == len(linears.adapters) == 1 and grads[0] is not None:
+        (adapter,) = linears.adapters
+        return _scaled(to(grads[0], compute), cast.b[0], adapter.scaling)
     first = next(grad for grad in grads if grad is not None)
-    rows, columns = first.shape[0], _columns(projections)
-    adapters = adapters_of(projections)
-    high = first.new_empty((rows, sum(adapter.rank for adapter in adapters)), dtype=compute)
-    for projection, grad in zip(projections, grads, strict=True):
+    high = first.new_empty((first.shape[0], linears.rank), dtype=compute)
+    parts = zip(_parts(high, linears), cast.b, strict=True)
+    for projection, grad in zip(linears.projections, grads, strict=True):
         for adapter in projection.adapters:
-            part = high[:, next(columns)]
+            part, b = next(parts)
             if grad is None:
                 part.zero_()
             else:
-                _scaled(grad.to(compute), adapter.lora_B.to(compute), adapter.scaling, out=part)
+                _scaled(to(grad, compute), b, adapter.scaling, out=part)
     return high
 
 
 def _dropped(x: torch.Tensor, adapter: Adapter, state: torch.Tensor | None, compute: torch.dtype) -> torch.Tensor:
     if state is None:
-        return x.to(compute)
-    return replay(x.to(adapter.lora_A.dtype), adapter.dropout, state).to(compute)
-
-
-def _stacked(adapters: list[Adapter], compute: torch.dtype) -> torch.Tensor:
-    """lora_A of all, [R, in]."""
-    if len(adapters) == 1:
-        return adapters[0].lora_A.to(compute)
-    return torch.cat([adapter.lora_A for adapter in adapters]).to(compute)
+        return to(x, compute)
+    return to(replay(to(x, adapter.lora_A.dtype), adapter.dropout, state), compute)
 
 
 def _scaled(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """scaling * a @ b, rounded once."""
-    # With beta=0 what it would be added to is not read
-    unread = a.new_empty((1, 1))
+    key = a.device, a.dtype
+    unread = _unread.get(key)
+    if unread is None:
+        unread = _unread[key] = a.new_zeros((1, 1))
     return torch.addmm(unread, a, b, beta=0, alpha=scaling, out=out)
 
 
 def _summed(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
     """scaling * a @ b over many rows: not rounded to 16 bits where the device gives back what it sums in."""
-    if a.is_cuda and a.dtype.itemsize == 2 and _GIVES_FLOAT32:
+    if _GIVES_FLOAT32 and a.is_cuda and a.dtype.itemsize == 2:
         product = torch.mm(a, b, out_dtype=torch.float32)
         return product if scaling == 1.0 else product.mul_(scaling)
     return _scaled(a, b, scaling)
-
-
-def _sum(y: torch.Tensor, added: torch.Tensor, result: torch.dtype) -> torch.Tensor:
-    return added if added is y else torch.add(y, added).to(result)
-
-
-def _columns(projections: Projections) -> Iterator[slice]:
-    start = 0
-    for adapter in adapters_of(projections):
-        yield slice(start, start + adapter.rank)
-        start += adapter.rank

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+import itertools
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -65,9 +64,9 @@ class Base(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
-    """One linear with its adapters; adapters may be none.
+    """One linear with its adapters; adapters may be none. Two are equal where they are one object.
 
     Attributes:
         base: The frozen linear.
@@ -80,56 +79,136 @@ class Projection:
     adapters: tuple[Adapter, ...]
     compute: torch.dtype
     result: torch.dtype
+    _sharing: dict[tuple[Projection, ...], Linears] = field(default_factory=dict, init=False, repr=False)
 
 
-Projections = tuple[Projection, ...]
+class Linears:
+    """Linears of one input, with what each pass asks about them found out once.
+
+    Attributes:
+        projections: The linears.
+        adapters: All of theirs, in order.
+        columns: Of `low` and `high` [N, R], those of each adapter.
+        rank: R, the sum of the adapters' ranks.
+        compute: In which dtype the adapters multiply.
+        drops: Whether any adapter drops out.
+        parameters: lora_A and lora_B of each adapter in turn.
+    """
+
+    def __init__(self, projections: tuple[Projection, ...]) -> None:
+        if not projections:
+            raise ValueError("There is no projection to compute; pass at least one.")
+        if len({projection.compute for projection in projections}) > 1:
+            dtypes = ", ".join(str(projection.compute) for projection in projections)
+            raise ValueError(f"Projections of one input multiply their adapters in one dtype, and these in {dtypes}.")
+        self.projections = projections
+        self.adapters = tuple(adapter for projection in projections for adapter in projection.adapters)
+        self.compute = projections[0].compute
+        self.drops = any(adapter.dropout for adapter in self.adapters)
+        self.parameters = tuple(x for adapter in self.adapters for x in (adapter.lora_A, adapter.lora_B))
+        ends = list(itertools.accumulate(adapter.rank for adapter in self.adapters))
+        self.columns = tuple(slice(*ends) for ends in zip([0, *ends[:-1]], ends, strict=True)) if ends else ()
+        self.rank = ends[-1] if ends else 0
+        self._versioned = (*(x for p in projections for x in p.base.tensors()), *self.parameters)
+
+    def check(self, x: torch.Tensor) -> None:
+        """Raise `ValueError` where an adapter does not fit x [..., in]."""
+        for adapter in self.adapters:
+            rank, inputs = adapter.lora_A.shape
+            if inputs != x.shape[-1] or adapter.lora_B.shape[1] != rank:
+                shapes = f"{list(adapter.lora_A.shape)} and {list(adapter.lora_B.shape)}"
+                raise ValueError(
+                    f"lora_A [r, in] and lora_B [out, r] are {shapes}, which does not fit x {list(x.shape)}."
+                )
+
+    def versions(self) -> list[int]:
+        """Changes whenever a weight or an adapter is written to in place."""
+        return [x._version for x in self._versioned]
+
+    def have_gradient(self) -> bool:
+        """Whether an adapter is trained."""
+        return any(x.requires_grad for x in self.parameters)
 
 
-def adapters_of(projections: Iterable[Projection]) -> list[Adapter]:
-    """All adapters, in order."""
-    return [adapter for projection in projections for adapter in projection.adapters]
+class Cast:
+    """The adapters of some linears in the dtype in which they multiply; made when first asked for, for one pass.
+
+    Args:
+        linears: Whose.
+    """
+
+    def __init__(self, linears: Linears) -> None:
+        self._linears = linears
+        self._a: torch.Tensor | None = None
+        self._b: list[torch.Tensor] | None = None
+
+    @property
+    def a(self) -> torch.Tensor:
+        """lora_A of all, [R, in]."""
+        if self._a is None:
+            stacked = [adapter.lora_A for adapter in self._linears.adapters]
+            self._a = to(stacked[0] if len(stacked) == 1 else torch.cat(stacked), self._linears.compute)
+        return self._a
+
+    @property
+    def b(self) -> list[torch.Tensor]:
+        """lora_B of each, [out, r]."""
+        if self._b is None:
+            self._b = [to(adapter.lora_B, self._linears.compute) for adapter in self._linears.adapters]
+        return self._b
 
 
-def versions(projections: Iterable[Projection]) -> tuple[int, ...]:
-    """Changes whenever a weight or an adapter is written to in place."""
-    found = [tensor._version for p in projections for tensor in p.base.tensors()]
-    for adapter in adapters_of(projections):
-        found += [adapter.lora_A._version, adapter.lora_B._version]
-    return tuple(found)
+def together(*projections: Projection) -> Linears:
+    """These as the linears of one input; kept with the first of them, and as long.
 
-
-def check(x: torch.Tensor, projections: Projections) -> None:
-    """Raise `ValueError` where these cannot share the input x [..., in]."""
+    Raises:
+        ValueError: They are none, or their adapters multiply in several dtypes.
+    """
     if not projections:
-        raise ValueError("There is no projection to compute; pass at least one.")
-    if len({projection.compute for projection in projections}) > 1:
-        dtypes = ", ".join(str(projection.compute) for projection in projections)
-        raise ValueError(f"Projections of one input multiply their adapters in one dtype, and these in {dtypes}.")
-    for adapter in adapters_of(projections):
-        rank, inputs = adapter.lora_A.shape
-        if inputs != x.shape[-1] or adapter.lora_B.shape[1] != rank:
-            shapes = f"{list(adapter.lora_A.shape)} and {list(adapter.lora_B.shape)}"
-            raise ValueError(f"lora_A [r, in] and lora_B [out, r] are {shapes}, which does not fit x {list(x.shape)}.")
+        return Linears(projections)
+    known = projections[0]._sharing
+    found = known.get(projections[1:])
+    if found is None:
+        found = known[projections[1:]] = Linears(projections)
+    return found
+
+
+def to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in a dtype; where it is in it already, torch's own `to` takes the host longer than asking does."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """x [..., D] as [N, D], contiguous."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """y [N, out] in the leading shape of x [..., in]."""
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def plainly(device: torch.device) -> AbstractContextManager[object]:
+class plainly:  # noqa: N801 (a context manager)
     """Without autocast: every dtype is said here, and it would change those that PEFT does not."""
-    return torch.autocast(device.type, enabled=False)
+
+    def __init__(self, device: torch.device) -> None:
+        self._kind = device.type
+        self._on = torch.is_autocast_enabled(device.type)
+
+    def __enter__(self) -> None:
+        if self._on:
+            torch.set_autocast_enabled(self._kind, False)
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            torch.set_autocast_enabled(self._kind, True)
 
 
-def check_unchanged(ctx: Any) -> None:
-    """Raise `RuntimeError` where a weight is not what it was when `ctx.versions` were taken."""
-    if versions(ctx.projections) != ctx.versions:
+def check_unchanged(linears: Linears, then: list[int]) -> None:
+    """Raise `RuntimeError` where a weight is not what it was when these `versions` were taken."""
+    if linears.versions() != then:
         raise RuntimeError(
             "A weight of a LoRA layer was changed in place between forward and backward; its gradients would be wrong. "
             "Run backward before the optimizer's step."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from trl_turbo.kernels.row_offset import row_offset
+from trl_turbo.kernels.sizes import next_power_of_2
 
 
 class Plan(NamedTuple):
@@ -18,9 +20,10 @@ class Plan(NamedTuple):
     warps: int
 
 
+@functools.cache
 def plan(width: int, elements: int) -> Plan:
     """For rows of `width` columns; a thread has 16 elements, two loads of 16 bytes in bf16, or 32 of large tiles."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     rows = max(1, elements // block)
     per_thread = 16 if elements < 8192 and block <= 8192 else 32
     return Plan(rows, block, min(32, max(1, rows * block // (32 * per_thread))))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 
 from trl_turbo.kernels.rows import Order, Rows, on
+from trl_turbo.kernels.sizes import ceil_div, next_power_of_2
 
 from .kernel import backward_kernel, forward_kernel, plan, reduce_kernel
 from .spec import Norm
@@ -44,7 +44,7 @@ def _forward(
     rstd = order.empty(x, torch.float32, 1)
     tile = plan(width, TILE)
     with on(x.device):
-        forward_kernel[(triton.cdiv(order.count, tile.rows),)](
+        forward_kernel[(ceil_div(order.count, tile.rows),)](
             *rows,
             *added,
             weight.contiguous(),
@@ -81,7 +81,7 @@ def backward(
     width = x.shape[-1]
     new = order.empty(x, x.dtype)
     tile = plan(width, SUM_TILE if needs_weight else TILE)
-    programs = triton.cdiv(order.count, tile.rows)
+    programs = ceil_div(order.count, tile.rows)
     loaded = (x, grad_y) if grad_x is None else (x, grad_y, grad_x)
     tile_bytes = tile.rows * tile.block * sum(y.element_size() for y in loaded)
     partial = new
@@ -111,8 +111,8 @@ def backward(
         if not needs_weight:
             return new, None
         grad_weight = torch.empty_like(weight)
-        columns, at_once = 32, min(128, triton.next_power_of_2(programs))
-        reduce_kernel[(triton.cdiv(width, columns),)](
+        columns, at_once = 32, min(128, next_power_of_2(programs))
+        reduce_kernel[(ceil_div(width, columns),)](
             partial, grad_weight, programs, D=width, ROWS=at_once, COLUMNS=columns
         )
     return new, grad_weight

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from trl_turbo.kernels.rows import on
+from trl_turbo.kernels.sizes import next_power_of_2
 
 #: Pairs of a tile, and how many of them a thread has: 8, which are two loads of 16 bytes in bf16.
 TILE, PER_THREAD = 2048, 8
@@ -114,39 +118,77 @@ def turn_kernel(
             tl.store(to_ptr + column, tl.load(from_ptr + column, mask=beyond, other=0.0), mask=beyond)
 
 
+class _Launch(NamedTuple):
+    """What a launch is told beside its tensors."""
+
+    grid: tuple[int]
+    angle_strides: tuple[tuple[int, int], ...]
+    aligned: bool  # whether rows start at multiples of 16 bytes where their tensors do
+    constants: dict[str, int]
+
+
 def turn(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, back: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.turn`; columns are side by side, R is above 0, and cos and sin are of one dtype."""
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    batch, q_heads, length, width = q.shape
-    heads, turned = q_heads + k.shape[1], cos.shape[-1]
-    half = triton.next_power_of_2(turned // 2)
-    tile_heads = max(1, min(triton.next_power_of_2(heads), TILE // half))
-    angles = [(x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1)) for x in (cos, sin)]
-    rest = triton.next_power_of_2(width - turned) if width > turned else 0
-    pairs = tile_heads * max(half, rest // 2)
+    heads = [(x, x.stride()) for x in (q, k, q_out, k_out)]
+    launch = _launch(
+        q.shape, k.shape[1], q.element_size(), cos.shape, cos.stride(), sin.stride(), *(strides for _, strides in heads)
+    )
+    cos_strides, sin_strides = launch.angle_strides
     with on(q.device):
-        turn_kernel[(batch * length,)](
-            *(y for x in (q, k, q_out, k_out) for y in (x, *x.stride()[:3])),
-            *(y for x in angles for y in x),
-            length,
-            Q_HEADS=q_heads,
-            HEADS=heads,
-            D=width,
-            R=turned,
-            TILE_HEADS=tile_heads,
-            HALF=half,
-            REST=rest,
-            ALIGNED=all(_aligned(x) for x in (q, k, q_out, k_out)),
+        turn_kernel[launch.grid](
+            *(y for x, strides in heads for y in (x, *strides[:3])),
+            cos,
+            *cos_strides,
+            sin,
+            *sin_strides,
+            q.shape[2],
+            **launch.constants,
+            ALIGNED=launch.aligned and all(x.data_ptr() % 16 == 0 for x, _ in heads),
             INTERLEAVED=interleaved,
             BACK=back,
-            num_warps=min(8, max(1, pairs // (32 * PER_THREAD))),
         )
     return q_out, k_out
 
 
-def _aligned(x: torch.Tensor) -> bool:
-    """Whether every row of x [B, H, T, D] starts at a multiple of 16 bytes."""
-    starts = [stride * x.element_size() for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    return all(start % 16 == 0 for start in (x.data_ptr(), *starts))
+# A layer's shapes come again in each layer and step
+@functools.lru_cache(4096)
+def _launch(
+    shape: tuple[int, ...],  # of q
+    k_heads: int,
+    itemsize: int,
+    angles: tuple[int, ...],  # the shape of cos
+    cos_strides: tuple[int, ...],
+    sin_strides: tuple[int, ...],
+    *strides: tuple[int, ...],  # of q, k and their results
+) -> _Launch:
+    batch, q_heads, length, width = shape
+    heads, turned = q_heads + k_heads, angles[-1]
+    half = next_power_of_2(turned // 2)
+    tile_heads = max(1, min(next_power_of_2(heads), TILE // half))
+    rest = next_power_of_2(width - turned) if width > turned else 0
+    pairs = tile_heads * max(half, rest // 2)
+    sizes = [(batch, n, length) for n in (q_heads, k_heads, q_heads, k_heads)]
+    steps = [
+        stride
+        for of_tensor, size in zip(strides, sizes, strict=True)
+        for stride, count in zip(of_tensor[:3], size, strict=True)
+        if count > 1
+    ]
+    return _Launch(
+        grid=(batch * length,),
+        angle_strides=tuple((0 if angles[0] == 1 else of[0], of[1]) for of in (cos_strides, sin_strides)),
+        aligned=all(step * itemsize % 16 == 0 for step in steps),
+        constants={
+            "Q_HEADS": q_heads,
+            "HEADS": heads,
+            "D": width,
+            "R": turned,
+            "TILE_HEADS": tile_heads,
+            "HALF": half,
+            "REST": rest,
+            "num_warps": min(8, max(1, pairs // (32 * PER_THREAD))),
+        },
+    )

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from trl_turbo.kernels.sizes import ceil_div, next_power_of_2
+
 #: Columns of one piece. A decode batch has few rows: with one program a row, 8 of an H200's 132 processors would work.
 PIECE = 4096
 
@@ -66,10 +68,8 @@ def token_logprob_triton(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[to
     ranks = torch.empty(n, dtype=torch.int64, device=logits.device)
     if n == 0:
         return logps, ranks
-    pieces = triton.cdiv(width, PIECE)
+    pieces = ceil_div(width, PIECE)
     partial = torch.empty(n, pieces, 3, dtype=torch.float32, device=logits.device)
     _pieces_kernel[(n, pieces)](logits, logits.stride(0), tokens, partial, pieces, width, PIECE=PIECE)
-    _join_kernel[(n,)](
-        logits, logits.stride(0), tokens, partial, logps, ranks, pieces, PIECES=triton.next_power_of_2(pieces)
-    )
+    _join_kernel[(n,)](logits, logits.stride(0), tokens, partial, logps, ranks, pieces, PIECES=next_power_of_2(pieces))
     return logps, ranks

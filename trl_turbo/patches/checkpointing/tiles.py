@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from trl_turbo.kernels.autograd import once_differentiable
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 

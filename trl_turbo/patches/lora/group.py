@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_turbo.kernels.lora import Projection, lora_qkv
-from trl_turbo.patches.lora.plan import Left, identity, is_lora, projection
+from trl_turbo.kernels.lora import Projection, lora_qkv, together
+from trl_turbo.patches.lora.plan import Left, is_lora, projection
 from trl_turbo.report import note
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -42,7 +42,7 @@ class _Group:
         self.members = members
         self.x: torch.Tensor | None = None
         self.state: tuple[Any, ...] = ()
-        self.outputs: dict[int, tuple[tuple[Any, ...], torch.Tensor]] = {}
+        self.outputs: dict[int, tuple[Projection, list[int], torch.Tensor]] = {}
 
 
 def members_of(module: nn.Module) -> tuple[nn.Module, ...]:
@@ -86,11 +86,13 @@ def from_group(layer: Any, x: torch.Tensor, found: Projection) -> torch.Tensor |
         return None
     state = (id(x), x._version, torch.is_grad_enabled(), x.requires_grad)
     if group.x is not None:
-        key, y = group.outputs.get(id(layer), ((), None))
-        if y is None or group.x is not x or group.state != state or key != identity(found, layer):
+        made = group.outputs.get(id(layer))
+        if made is None or group.x is not x or group.state != state:
+            return None
+        if made[0] is not found or made[1] != together(found).versions():
             return None
         del group.outputs[id(layer)]
-        return y
+        return made[2]
     if group.members[0] is not layer:
         return None
     projections = [found]
@@ -102,6 +104,6 @@ def from_group(layer: Any, x: torch.Tensor, found: Projection) -> torch.Tensor |
         return None
     outputs = lora_qkv(x, *projections)
     group.x, group.state = x, state
-    for member, made, y in zip(group.members[1:], projections[1:], outputs[1:], strict=True):
-        group.outputs[id(member)] = (identity(made, member), y)
+    for member, other, y in zip(group.members[1:], projections[1:], outputs[1:], strict=True):
+        group.outputs[id(member)] = other, together(other).versions(), y
     return outputs[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,8 +22,15 @@ class Left(Exception):  # noqa: N818 (not an error)
     """The layer runs PEFT's own forward; says why, or nothing where PEFT's forward is all there is to do."""
 
 
+# What was found for a layer in a state of it; some are few, and a state that does not come again is not kept for long
+_known: WeakKeyDictionary[nn.Module, dict[Any, Projection]] = WeakKeyDictionary()
+_MOST_STATES = 8
+
+
 def projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Projection:
     """What `layer` computes of an x [..., in] of a dtype on a device, with autocast as it is now.
+
+    The same object as long as the layer is in the same state.
 
     Args:
         layer: A LoRA layer of PEFT's, or a frozen linear without one.
@@ -32,6 +40,72 @@ def projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Projec
     Raises:
         Left: It runs its own forward.
     """
+    state = _state(layer, x_dtype, device)
+    known = _known.get(layer)
+    if known is None:
+        known = _known[layer] = {}
+    found = known.get(state)
+    if found is None:
+        if len(known) >= _MOST_STATES:
+            known.clear()
+        found = known[state] = _projection(layer, x_dtype, device)
+    return found
+
+
+def _state(layer: Any, x_dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """All that `_projection` asks and that may be another at the next call, read without nn.Module.__getattr__.
+
+    Weights go in by identity, which their `Projection` keeps from being given to others.
+    """
+    kind = device.type
+    state: list[Any] = [x_dtype, device, torch.is_autocast_enabled(kind), torch.is_autocast_enabled()]
+    state.append(torch.get_autocast_dtype(kind))
+    own = vars(layer)
+    modules = own["_modules"]
+    adapters = modules.get("lora_A")
+    if adapters is None:
+        return (*state, *_state_of(layer))
+    state += (layer.disable_adapters, bool(layer.merged_adapters), own.get("cast_input_dtype_enabled", True))
+    variants, dora, scaling = own.get("lora_variant"), own.get("use_dora"), own["scaling"]
+    if variants is None:
+        variants = modules.get("lora_variant") or {}
+    for name in layer.active_adapters:
+        a = adapters._modules.get(name)
+        if a is None:
+            continue
+        dropout = modules["lora_dropout"]._modules[name]
+        state += (name, scaling[name], name in variants, dora is not None and dora.get(name))
+        state += (type(dropout), dropout.training, vars(dropout).get("p"), hooked(dropout))
+        state += _state_of(a)
+        state += _state_of(modules["lora_B"]._modules[name])
+    return (*state, *_state_of(modules["base_layer"]))
+
+
+def _state_of(linear: Any) -> tuple[Any, ...]:
+    """The same of a linear, with or without bitsandbytes."""
+    own = vars(linear)
+    parameters = own["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None:  # a plain attribute under FSDP and DataParallel
+        weight, bias = linear.weight, linear.bias
+    kept = vars(weight)
+    state = (
+        type(linear),
+        id(weight),
+        weight.dtype,
+        weight.device,
+        weight.requires_grad,
+        type(weight),
+        len(kept),  # marks of FSDP and ZeRO-3
+        id(bias),
+        bias is not None and bias.requires_grad,
+        hooked(linear),
+    )
+    quantised = kept.get("quant_state"), own.get("state"), own.get("compute_dtype")
+    return state if quantised == (None, None, None) else (*state, *map(id, quantised))
+
+
+def _projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Projection:
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     if torch.float64 in (x_dtype, autocast) and autocast is not None:
         raise Left("float64 under autocast runs PEFT's own forward")
@@ -56,14 +130,6 @@ def projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Projec
     if not casts and torch.promote_types(result, compute) != result:
         raise Left(f"a quantised base that answers in {result} under autocast in {compute} runs PEFT's own forward")
     return Projection(base, adapters, compute, result)
-
-
-def identity(found: Projection, layer: Any) -> tuple[Any, ...]:
-    """Differs for two projections of one layer that may compute something else."""
-    own: list[Any] = [id(layer), found.compute, found.result, found.base.dtype]
-    for tensor in (*found.base.tensors(), *(t for adapter in found.adapters for t in adapter[:2])):
-        own += [id(tensor), tensor._version]
-    return (*own, *((adapter.scaling, adapter.dropout) for adapter in found.adapters))
 
 
 def hooked(*modules: nn.Module) -> bool:
