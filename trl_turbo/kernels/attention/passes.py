@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trl_turbo.kernels.launching import launch
 from trl_turbo.kernels.rows import on
 from trl_turbo.kernels.sizes import next_power_of_2
 
@@ -35,7 +36,9 @@ def forward(
     tile = _tile("forward", q)
     table = query_tiles(segments, tile.block, spec.window)
     with on(q.device):
-        forward_kernel[(len(table) * q.shape[1],)](
+        launch(
+            forward_kernel,
+            len(table) * q.shape[1],
             *_strided(q, k, v, o),
             lse,
             lse.stride(0),
@@ -81,7 +84,9 @@ def queries(
     stats = torch.empty(lse.shape[0], lse.shape[1] + _LONGEST_STEP, 2, dtype=torch.float32, device=q.device)
     tile = _tile("query", q)
     table = query_tiles(segments, tile.block, spec.window)
-    query_kernel[(len(table) * q.shape[1],)](
+    launch(
+        query_kernel,
+        len(table) * q.shape[1],
         *_strided(q, k, v, o, grad_o, grad_q),
         lse,
         lse.stride(0),
@@ -111,7 +116,9 @@ def keys(
     heads, width = k.shape[1:]
     work = key_work(segments, tile.block, tile.step, q.shape[1] // heads, heads, spec.window, processors(q.device))
     sums = torch.empty(work.slots, heads, 2, tile.block, width, dtype=torch.float32, device=k.device)
-    key_kernel[(len(work.items) * heads,)](
+    launch(
+        key_kernel,
+        len(work.items) * heads,
         *_strided(q, k, v, grad_o),
         grad_k,
         grad_v,
@@ -127,7 +134,9 @@ def keys(
     )
     if work.slots:
         rows = min(_SUM_ROWS, tile.block)
-        sum_kernel[(len(work.parts) * heads * (tile.block // rows),)](
+        launch(
+            sum_kernel,
+            len(work.parts) * heads * (tile.block // rows),
             sums,
             grad_k,
             grad_v,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trl_turbo.kernels.launching import launch
 from trl_turbo.kernels.rows import Order, Rows, on
 from trl_turbo.kernels.sizes import ceil_div
 
@@ -18,9 +19,9 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tens
     """See `reference.forward`; gate and up are of one dtype."""
     order = Order(gate)
     h = order.empty(gate, gate.dtype)
-    grid, columns, rows = _rows(order, gate, up, h)
+    programs, columns, rows = _rows(order, gate, up, h)
     with on(gate.device):
-        forward_kernel[grid](*_flat(rows), columns, ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS)
+        launch(forward_kernel, programs, *_flat(rows), columns, ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS)
     return h
 
 
@@ -41,9 +42,18 @@ def backward(
     grad_gate = gate if in_place else order.empty(gate, gate.dtype)
     grad_up = up if in_place else order.empty(gate, gate.dtype)
     h = order.empty(gate, gate.dtype) if with_h else None
-    grid, columns, rows = _rows(order, grad_h, gate, up, grad_gate if h is None else h, grad_gate, grad_up)
+    programs, columns, rows = _rows(order, grad_h, gate, up, grad_gate if h is None else h, grad_gate, grad_up)
     with on(gate.device):
-        backward_kernel[grid](*_flat(rows), columns, ACTIVATION=activation, WITH_H=with_h, BLOCK=BLOCK, num_warps=WARPS)
+        launch(
+            backward_kernel,
+            programs,
+            *_flat(rows),
+            columns,
+            ACTIVATION=activation,
+            WITH_H=with_h,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
     if in_place:
         # Autograd does not see what a kernel writes: whoever saved gate or up for another backward must get an error
         for x in (gate, up):
@@ -51,14 +61,14 @@ def backward(
     return h, grad_gate, grad_up
 
 
-def _rows(order: Order, *tensors: torch.Tensor) -> tuple[tuple[int], int, list[Rows]]:
-    """The grid, columns of a row, and the tensors as rows: as one long row where none of them has gaps."""
+def _rows(order: Order, *tensors: torch.Tensor) -> tuple[int, int, list[Rows]]:
+    """Programs, columns of a row, and the tensors as rows: as one long row where none of them has gaps."""
     rows = [order.rows(x) for x in tensors]
     count, columns = order.count, tensors[0].shape[-1]
     if all(x.dense for x in rows):
         rows = [Rows(x.tensor, 1, 0, 0) for x in rows]
         count, columns = 1, count * columns
-    return (count * ceil_div(columns, BLOCK),), columns, rows
+    return count * ceil_div(columns, BLOCK), columns, rows
 
 
 def _flat(rows: list[Rows]) -> list[object]:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from trl_turbo.kernels.gated.kernel import activate
+from trl_turbo.kernels.launching import launch
 from trl_turbo.kernels.rows import on
 from trl_turbo.kernels.sizes import ceil_div, next_power_of_2
 
@@ -184,7 +185,9 @@ def _launch(
     b = [low if side is None else side[0].contiguous() for side in sides]
     scalings = [0.0 if side is None else side[1] for side in sides]
     with on(low.device):
-        kernel[(ceil_div(rows, ROWS * STEPS) * ceil_div(columns, COLUMNS),)](
+        launch(
+            kernel,
+            ceil_div(rows, ROWS * STEPS) * ceil_div(columns, COLUMNS),
             *tensors,
             low,
             low[:, ranks[0] :] if ranks[1] else low,

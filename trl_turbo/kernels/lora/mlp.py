@@ -147,7 +147,8 @@ class KeepsInput(torch.autograd.Function):
             casts = Cast(gated.first), Cast(gated.down)
             for part in tiles(rows, gated):
                 halves = both.compute(rows[part], gated.first, casts[0], training=True)
-                found, more = _gradients(rows[part], grad[part], halves, None, (), ctx, casts, over=True)
+                parts = part.stop - part.start < rows.shape[0]
+                found, more = _gradients(rows[part], grad[part], halves, None, (), ctx, casts, over=True, parts=parts)
                 del halves
                 if found is not None and found.shape[0] == rows.shape[0]:
                     of_x = found
@@ -206,6 +207,7 @@ def _gradients(
     casts: tuple[Cast, Cast],
     *,
     over: bool,
+    parts: bool = False,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x [N, in] and of all adapters, from grad [N, out]."""
     needs, (first, down, activation), (cast, cast_down) = ctx.needs_input_grad, ctx.gated, casts
@@ -218,11 +220,11 @@ def _gradients(
     del of_h
     if low_down is None:
         low_down, _ = products.narrow(h, down, cast_down)
-    rest_down = products.adapter_gradients(h, down, [grad], low_down, high_down, states_down, wanted_down)
+    rest_down = products.adapter_gradients(h, down, [grad], low_down, high_down, states_down, wanted_down, parts=parts)
     del h
     grads = [of_gate, of_up]
     of_x, high = products.input_gradient(x.dtype, first, grads, halves.states, cast, wanted=needs[0])
-    rest = products.adapter_gradients(x, first, grads, halves.low, high, halves.states, wanted)
+    rest = products.adapter_gradients(x, first, grads, halves.low, high, halves.states, wanted, parts=parts)
     return of_x, [*rest, *rest_down]
 
 

@@ -115,10 +115,13 @@ def adapter_gradients(
     high: torch.Tensor,
     states: States,
     wanted: Sequence[bool],
+    *,
+    parts: bool = False,
 ) -> list[torch.Tensor | None]:
     """Gradients of lora_A [r, in] and lora_B [out, r] of each adapter, in turn; `None` where not wanted.
 
-    In float32 where the device can give what it sums in, for their sum over tiles; else in the dtype of the products.
+    In float32 where the device can give what it sums in and that is not rounded again at once; else in the dtype of the
+    products.
 
     Args:
         x: [N, in], contiguous; `None` where no lora_A has a gradient.
@@ -128,14 +131,16 @@ def adapter_gradients(
         high: [N, R], from `input_gradient`.
         states: From forward.
         wanted: Of each lora_A and lora_B in turn.
+        parts: Whether these rows are some of several, whose gradients are added up.
     """
     compute = linears.compute
+    wide = parts or any(x.dtype != compute for x in linears.parameters)
     of_output = [grad for p, grad in zip(linears.projections, grads, strict=True) for _ in p.adapters]
     found: list[torch.Tensor | None] = []
     of_all = None
     plain = x is not None and not (linears.drops and any(state is not None for state in states))
     if x is not None and plain and any(wanted[::2]):
-        of_all = _summed(high.t(), to(x, compute))  # [R, in]
+        of_all = _summed(high.t(), to(x, compute), wide=wide)  # [R, in]
     for i, (adapter, state, columns) in enumerate(zip(linears.adapters, states, linears.columns, strict=True)):
         grad, (of_a, of_b) = of_output[i], wanted[2 * i : 2 * i + 2]
         if not of_a or grad is None or x is None:
@@ -143,12 +148,12 @@ def adapter_gradients(
         elif of_all is not None:
             found.append(of_all if len(linears.adapters) == 1 else of_all[columns])
         else:
-            found.append(_summed(high[:, columns].t(), _dropped(x, adapter, state, compute)))
+            found.append(_summed(high[:, columns].t(), _dropped(x, adapter, state, compute), wide=wide))
         if not of_b or grad is None:
             found.append(None)
         else:
             part = low if len(linears.adapters) == 1 else low[:, columns]
-            found.append(_summed(to(grad, compute).t(), part, adapter.scaling))
+            found.append(_summed(to(grad, compute).t(), part, adapter.scaling, wide=wide))
     return found
 
 
@@ -217,9 +222,9 @@ def _scaled(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor 
     return torch.addmm(unread, a, b, beta=0, alpha=scaling, out=out)
 
 
-def _summed(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
-    """scaling * a @ b over many rows: not rounded to 16 bits where the device gives back what it sums in."""
-    if _GIVES_FLOAT32 and a.is_cuda and a.dtype.itemsize == 2:
+def _summed(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, *, wide: bool) -> torch.Tensor:
+    """scaling * a @ b over many rows; `wide` not rounded to 16 bits where the device gives back what it sums in."""
+    if wide and _GIVES_FLOAT32 and a.is_cuda and a.dtype.itemsize == 2:
         product = torch.mm(a, b, out_dtype=torch.float32)
         return product if scaling == 1.0 else product.mul_(scaling)
     return _scaled(a, b, scaling)

@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from trl_turbo.kernels.launching import launch
 from trl_turbo.kernels.rows import Order, Rows, on
 from trl_turbo.kernels.sizes import ceil_div, next_power_of_2
 
@@ -44,7 +45,9 @@ def _forward(
     rstd = order.empty(x, torch.float32, 1)
     tile = plan(width, TILE)
     with on(x.device):
-        forward_kernel[(ceil_div(order.count, tile.rows),)](
+        launch(
+            forward_kernel,
+            ceil_div(order.count, tile.rows),
             *rows,
             *added,
             weight.contiguous(),
@@ -89,7 +92,9 @@ def backward(
         programs = min(programs, _SUM_PROGRAMS * _processors(x.device))
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     with on(x.device):
-        backward_kernel[(programs,)](
+        launch(
+            backward_kernel,
+            programs,
             *grads,
             *rows,
             *others,
@@ -112,8 +117,15 @@ def backward(
             return new, None
         grad_weight = torch.empty_like(weight)
         columns, at_once = 32, min(128, next_power_of_2(programs))
-        reduce_kernel[(ceil_div(width, columns),)](
-            partial, grad_weight, programs, D=width, ROWS=at_once, COLUMNS=columns
+        launch(
+            reduce_kernel,
+            ceil_div(width, columns),
+            partial,
+            grad_weight,
+            programs,
+            D=width,
+            ROWS=at_once,
+            COLUMNS=columns,
         )
     return new, grad_weight
 

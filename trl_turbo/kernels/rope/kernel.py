@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trl_turbo.kernels.launching import launch
 from trl_turbo.kernels.rows import on
 from trl_turbo.kernels.sizes import next_power_of_2
 
@@ -121,7 +122,7 @@ def turn_kernel(
 class _Launch(NamedTuple):
     """What a launch is told beside its tensors."""
 
-    grid: tuple[int]
+    programs: int
     angle_strides: tuple[tuple[int, int], ...]
     aligned: bool  # whether rows start at multiples of 16 bytes where their tensors do
     constants: dict[str, int]
@@ -133,20 +134,22 @@ def turn(
     """See `reference.turn`; columns are side by side, R is above 0, and cos and sin are of one dtype."""
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     heads = [(x, x.stride()) for x in (q, k, q_out, k_out)]
-    launch = _launch(
+    made = _launch(
         q.shape, k.shape[1], q.element_size(), cos.shape, cos.stride(), sin.stride(), *(strides for _, strides in heads)
     )
-    cos_strides, sin_strides = launch.angle_strides
+    cos_strides, sin_strides = made.angle_strides
     with on(q.device):
-        turn_kernel[launch.grid](
+        launch(
+            turn_kernel,
+            made.programs,
             *(y for x, strides in heads for y in (x, *strides[:3])),
             cos,
             *cos_strides,
             sin,
             *sin_strides,
             q.shape[2],
-            **launch.constants,
-            ALIGNED=launch.aligned and all(x.data_ptr() % 16 == 0 for x, _ in heads),
+            **made.constants,
+            ALIGNED=made.aligned and all(x.data_ptr() % 16 == 0 for x, _ in heads),
             INTERLEAVED=interleaved,
             BACK=back,
         )
@@ -178,7 +181,7 @@ def _launch(
         if count > 1
     ]
     return _Launch(
-        grid=(batch * length,),
+        programs=batch * length,
         angle_strides=tuple((0 if angles[0] == 1 else of[0], of[1]) for of in (cos_strides, sin_strides)),
         aligned=all(step * itemsize % 16 == 0 for step in steps),
         constants={

@@ -1,0 +1,62 @@
+"""Triton launches that ask the host for less, once a kernel is compiled for arguments of their kind.
+
+`kernel[grid](...)` binds, types and hashes all arguments each time: some 50 us on the host of one H200, where a layer
+of 1.5B parameters makes a dozen launches for a few thousand tokens. What it finds depends on little of an argument, and
+what it gives back, the compiled kernel, can be launched itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# By kernel and all that Triton compiles one anew for: what was compiled, and the constants that follow its arguments
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+# Before Triton 3.3 a compiled kernel is launched without its constants: its launcher counts, and says so
+_direct = True
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """`kernel[(programs,)](*arguments, **constants)` on the current device and its current stream.
+
+    Args:
+        kernel: A function under `triton.jit`, all of whose constants stand behind its arguments.
+        programs: How many to start, in one dimension.
+        arguments: A tensor first, then tensors and numbers, in order; every one that is no constant.
+        constants: By name, and `num_warps` and the like.
+    """
+    global _direct
+    if not (_direct and _on_gpu(arguments[0])):
+        kernel[(programs,)](*arguments, **constants)
+        return
+    key = (kernel.fn, torch.cuda.current_device(), *map(_kind, arguments), *constants.items())
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[(programs,)](*arguments, **constants)
+        names = getattr(kernel, "arg_names", ())[len(arguments) :]
+        if compiled is not None and all(name in constants for name in names):
+            _compiled[key] = compiled, tuple(constants[name] for name in names)
+        return
+    compiled, rest = found
+    try:
+        compiled[programs, 1, 1](*arguments, *rest)
+    except TypeError:
+        _direct = False
+        kernel[(programs,)](*arguments, **constants)
+
+
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
+def _kind(x: Any) -> Any:
+    """What of an argument Triton may compile a kernel anew for."""
+    kind = type(x)
+    if kind is int:
+        return x if -1 <= x <= 1 else (x % 16 == 0, -0x80000000 <= x < 0x80000000)
+    if kind is float:
+        return float
+    if kind is bool or x is None:
+        return x
+    return x.dtype, x.data_ptr() % 16 == 0
