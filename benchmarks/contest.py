@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +34,8 @@ FEATURES = (
 )
 #: Mean difference of a sampled token's log-prob between vLLM and the trainer; the weights are then not the same.
 LARGEST_GAP = 0.05
+# The last line of a traceback, behind a rank's name where a launcher puts that
+_ERROR = re.compile(r"(\[rank\d+\]: *)?[\w.]*(Error|Exception|Exit|Interrupt)\b")
 #: Keys of results, and what they are called.
 Shown = Sequence[tuple[str, str]]
 
@@ -101,7 +104,7 @@ def run(module: str, contestant: Contestant, log: Path) -> dict[str, Any]:
         log: What it prints goes here.
 
     Returns:
-        What it measured, or `error` with the last line that it printed.
+        What it measured, or `error` with the last error that it printed, or else its last line.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     env = dict(os.environ)
@@ -117,7 +120,10 @@ def run(module: str, contestant: Contestant, log: Path) -> dict[str, Any]:
             if not (found.get("logp_gap_largest") or 0) <= LARGEST_GAP:
                 return {"error": f"its samples are of other weights: gap {found['logp_gap_largest']:.3g}"} | found
             return found
-    return {"error": next((line for line in reversed(lines) if line.strip()), "printed nothing")}
+    last = [line for line in reversed(lines) if line.strip()]
+    # What libraries say on their way out stands behind the error
+    errors = [line for line in last if _ERROR.match(line)]
+    return {"error": next(iter([*errors, *last]), "printed nothing")}
 
 
 def hold(

@@ -12,7 +12,7 @@ from trl_turbo.settings import PREFIX
 
 #: What a feature's keyword and variable take beside on and off; each is a way to be on.
 WORDS: dict[str, tuple[str, ...]] = {"rollout": ("script",)}
-_UNMEASURED: tuple[str, ...] = ("attention", "packing", "mlp_tiling")
+_UNMEASURED: tuple[str, ...] = ("mlp_tiling",)
 #: Features that are off unless asked for, and why, in the words of the report.
 OPT_IN: dict[str, str] = {
     feature: "off by default until it is measured on a GPU; "

@@ -39,6 +39,9 @@ def _unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # They compute nothing, and a report a training takes longer than the training: tests/people is about them
     monkeypatch.setenv("TRL_TURBO_DASHBOARD", "0")
     monkeypatch.setenv("TRL_TURBO_GUARDS", "0")
+    # What a model that does not qualify for packed rows runs; test_packing.py is about those
+    monkeypatch.setenv("TRL_TURBO_PACKING", "0")
+    monkeypatch.setenv("TRL_TURBO_ATTENTION", "0")
     trl_turbo.unpatch()
     from .runs import forget_precision
 

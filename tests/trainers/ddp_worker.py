@@ -46,7 +46,7 @@ for label, options in {
     "accumulated": {"steps_per_generation": 2, "gradient_accumulation_steps": 2},
 }.items():
     CASES[f"RLOO-lora-{label}"] = Case("RLOO", {**OPTIONS["RLOO"], **options}, peft=lora())
-# Trained on packed rows, too, which is off by default
+# Trained on packed rows, too
 PACKED = ("GRPO-lora-checkpointed", "DPO-checkpointed", "OnlineDPO-lora")
 LABELS = sorted([*CASES, *(f"{label}-packed" for label in PACKED)])
 

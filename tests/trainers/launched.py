@@ -15,7 +15,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 # As in conftest.py
-OFF = {f"TRL_TURBO_{feature}": "0" for feature in ("ROLLOUT", "DASHBOARD", "GUARDS")}
+OFF = {f"TRL_TURBO_{feature}": "0" for feature in ("ROLLOUT", "DASHBOARD", "GUARDS", "PACKING", "ATTENTION")}
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module")
 

@@ -90,7 +90,7 @@ ALONE: dict[str, dict[str, Case]] = {
     },
 }
 KINDS = tuple(ALONE)
-# Off by default; what is on by default is on in all of them
+# Off unless asked for, or in these tests
 FEATURES: dict[str, dict[str, bool]] = {
     "GRPO": {"mlp_tiling": True},
     "DPO": {"packing": True},
