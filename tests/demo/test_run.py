@@ -93,3 +93,15 @@ def test_run_script_gives_arguments_and_puts_them_back(tmp_path: Path) -> None:
     assert found["seen"] == ["--a", "1"]
     assert found["name"] == "__main__"
     assert sys.argv == before
+
+
+def test_a_measured_process_is_no_rank_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL leaves these set once it has started a colocated vLLM, and their port is taken."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nraise ValueError(sorted({'RANK', 'WORLD_SIZE', 'MASTER_PORT'} & os.environ.keys()))\n"
+    )
+    with pytest.raises(RuntimeError, match=r"ValueError: \[\]"):
+        measuring.measure(script, [], output_dir=tmp_path / "out", patched=False)

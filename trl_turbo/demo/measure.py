@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# TRL sets these for a colocated vLLM, and a process that inherits them takes itself for a rank beside this one
+_OF_A_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -63,7 +66,8 @@ def measure(
     mode = "patched" if patched else "stock"
     command = [sys.executable, "-m", "trl_turbo.demo.measure", str(result), mode, str(script), *arguments]
     command += ["--output_dir", str(output_dir)]
-    done = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCH}
+    done = subprocess.run(command, env={**inherited, **(env or {})}, capture_output=True, text=True, check=False)
     if done.returncode:
         log = output_dir / "measurement.log"
         log.write_text(done.stdout + done.stderr)
