@@ -13,6 +13,7 @@ from torch import nn
 import trl_turbo
 from trl_turbo.kernels.linear_logprob.reference import excess_error
 from trl_turbo.kernels.lora import scratch
+from trl_turbo.patches.lora.plan import Left, projection
 
 from .lora_models import ALL, PHI3, adapted, distance, passed, patched, tokens
 from .models import ALONE, folder
@@ -453,3 +454,9 @@ def test_liger_on_the_instance_is_respected() -> None:
         assert distance(passed(model), stock) <= CLOSE
     assert any("forward of its own" in note for note in ran.notes)
     assert isinstance(mlp, nn.Module)
+
+
+def test_a_layer_without_a_weight_is_left() -> None:
+    """As those of some quantisations, beside LoRA layers in one MLP."""
+    with pytest.raises(Left, match="a base of Identity runs PEFT's own forward"):
+        projection(nn.Identity(), torch.float32, torch.device("cpu"))

@@ -18,7 +18,7 @@ from trl_turbo.kernels.autograd import once_differentiable
 
 from . import halves as both
 from . import products
-from .spec import Cast, Linears, check_unchanged, plainly, rows_of, shaped
+from .spec import Cast, Linears, check_unchanged, plainly, rows_of, shaped, to
 
 #: Bytes that one [rows, I] of a tile may take; three of them are in use at a time. Half of it is 9 % slower on one H200
 #: ([33,792, 8,960] in five tiles instead of three): a tile's launches cost the host more than the device needs for it.
@@ -140,7 +140,7 @@ class KeepsInput(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         _check_unchanged(ctx)
         gated = ctx.gated
-        rows, grad = rows_of(x), rows_of(grad.to(gated.down.projections[0].result))
+        rows, grad = rows_of(x), rows_of(to(grad, gated.down.projections[0].result))
         of_x: torch.Tensor | None = None
         rest: list[torch.Tensor | None] = []
         with plainly(x.device):

@@ -86,8 +86,10 @@ def _state_of(linear: Any) -> tuple[Any, ...]:
     own = vars(linear)
     parameters = own["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is None:  # a plain attribute under FSDP and DataParallel
-        weight, bias = linear.weight, linear.bias
+    if weight is None:  # a plain attribute under FSDP and DataParallel; some layers have none
+        weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+        if not isinstance(weight, torch.Tensor):
+            return (type(linear),)
     kept = vars(weight)
     state = (
         type(linear),
