@@ -55,10 +55,16 @@ class Contestant:
     launcher: Sequence[str] = ()
 
 
-def patch_line(features: Iterable[str]) -> str:
-    """What a script says for these features, and no others of `FEATURES`."""
+def patch_line(features: Iterable[str], more: str = "") -> str:
+    """What a script says for these features, and no others of `FEATURES`.
+
+    Args:
+        features: By name.
+        more: Keywords beside them, as Python.
+    """
     wanted = dict.fromkeys(FEATURES, False) | dict.fromkeys(features, True)
-    return f"import trl_turbo; trl_turbo.patch({', '.join(f'{name}={on}' for name, on in wanted.items())})"
+    keywords = [f"{name}={on}" for name, on in wanted.items()] + ([more] if more else [])
+    return f"import trl_turbo; trl_turbo.patch({', '.join(keywords)})"
 
 
 def parser(about: str) -> argparse.ArgumentParser:

@@ -5,7 +5,8 @@
 Each contestant runs in a process of its own, one after the other on one machine: hosts differ by a third in what their
 processors give vLLM, so a time is worth something as a ratio within one call alone. The peak is the driver's. A run
 whose sampled log-probs are not the trainer's is reported as wrong and not timed. `--path trl1.12=FOLDER` adds TRL from
-another folder, stock. Writes OUT.json and OUT.png.
+another folder, stock; `--also "fp8=rollout_kv_cache_dtype='fp8'"` adds ours with more keywords of `patch()`. Writes
+OUT.json and OUT.png.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ DRAWN = (SHOWN[0], SHOWN[1], SHOWN[3])
 def main() -> int:
     parser = contest.parser(__doc__)
     parser.add_argument("--path", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--also", action="append", default=[], metavar="NAME=KEYWORDS")
     args, given = parser.parse_known_args()
     about = contest.environment(("vllm", "transformers", "peft", "triton", "liger-kernel", "unsloth", "bitsandbytes"))
     contestants = contest.stock_elsewhere(args.path) | {
@@ -43,6 +45,8 @@ def main() -> int:
     for name, package in PEERS.items():
         if importlib.util.find_spec(package) is None:
             del contestants[name]
+    for name, _, keywords in (each.partition("=") for each in args.also):
+        contestants[name] = Contestant(["--before", contest.patch_line(args.features, keywords)])
     results = contest.hold("benchmarks.grpo_run", contestants, args, given, SHOWN)
     if "error" not in results.get("trl", {"error": ""}) and "error" not in results.get("trl_turbo", {"error": ""}):
         ours, stock = results["trl_turbo"], results["trl"]

@@ -10,6 +10,7 @@ what others use, and that is taken off. The bar is 10 % for both phases. Writes 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def features_of(case: str) -> tuple[str, ...]:
 def used_by_others() -> int:
     """Bytes that nvidia-smi says are in use before this benchmark starts anything."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    query += ["--id", (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
