@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -110,6 +112,13 @@ def test_a_form_keeps_no_scales():
     known = form.form(packed, state)
     state.absmax = state.absmax.clone()
     assert known.scales[0]() is None
+
+
+def test_where_triton_is_missing_none_is_taken(monkeypatch):
+    weight = quantised((40, 96), torch.float16)
+    assert form.form(*weight) is not None
+    monkeypatch.setitem(sys.modules, "trl_turbo.kernels.dequantise.kernel", None)
+    assert form.form(*weight) is None
 
 
 @needs_bitsandbytes

@@ -41,7 +41,8 @@ class Form:
         count: Numbers of the weight.
         programs: Of a launch.
         table: What nibbles stand for, [16].
-        constants: The kernel's.
+        kernel: What is launched.
+        constants: Its constants.
     """
 
     said: tuple[Any, ...]
@@ -50,6 +51,7 @@ class Form:
     count: int
     programs: int
     table: torch.Tensor
+    kernel: Any
     constants: dict[str, Any]
 
     def write(self, packed: torch.Tensor, state: Any, out: torch.Tensor) -> bool:
@@ -74,10 +76,8 @@ class Form:
             return False
         if packed.device != self.device or out.device != self.device:
             return False
-        from .kernel import dequantise_kernel
-
         with on(self.device):
-            launch(dequantise_kernel, self.programs, out, packed, self.table, *tensors, self.count, **self.constants)
+            launch(self.kernel, self.programs, out, packed, self.table, *tensors, self.count, **self.constants)
         return True
 
 
@@ -94,7 +94,7 @@ def form(packed: torch.Tensor, state: Any) -> Form | None:
         count, device = math.prod(shape), packed.device
         blocks = ceil_div(count, blocksize)
         known = kind in TABLES and dtype in DTYPES and _is_block(blocksize, _SMALLEST_BLOCK)
-        known = known and count > 0 and count // (2 * _ROW) < _MOST_ROWS
+        known = known and count > 0 and count // _SMALLEST_BLOCK < _MOST_ROWS
         wanted = [(torch.float32, blocks)] * 4
         if nested:
             inner = state.state2
@@ -110,6 +110,8 @@ def form(packed: torch.Tensor, state: Any) -> Form | None:
             return None
     try:
         from trl_turbo.kernels.linear_logprob.kernel_math import PTX
+
+        from .kernel import dequantise_kernel
     except ImportError:  # torch builds without Triton (Windows)
         return None
     columns = min(_ROW, blocksize // 2)
@@ -120,6 +122,7 @@ def form(packed: torch.Tensor, state: Any) -> Form | None:
         count,
         ceil_div(count, 2 * BYTES),
         _table(kind, device),
+        dequantise_kernel,
         {
             "BLOCKSIZE": blocksize,
             "NESTED": state.state2.blocksize if nested else 0,

@@ -47,13 +47,13 @@ class Dequantiser:
 
 
 def _stock(packed: torch.Tensor, state: Any, out: torch.Tensor) -> torch.Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
     if out.shape != tuple(state.shape) or out.dtype != state.dtype or out.device != packed.device:
         raise ValueError(
             f"A weight of shape {list(state.shape)} in {state.dtype} on {packed.device} does not go into a tensor of "
             f"shape {list(out.shape)} in {out.dtype} on {out.device}; pass one like it."
         )
+    from bitsandbytes.functional import dequantize_4bit
+
     packed = packed.view(-1, 1)
     if out.is_cuda and out.is_contiguous():
         dequantize_4bit(packed, state, out=out)
