@@ -93,6 +93,28 @@ def lora(about: About, results: Results) -> str:
 
 
 @section
+def dequantise(about: About, results: Results) -> str:
+    """The section's table, in Markdown."""
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
+        f"{about['triton']}, bitsandbytes {about['bitsandbytes']}.",
+        "",
+        "![dequantise](../benchmarks/results/dequantise.png)",
+        "",
+        "| weight | trl_turbo, us | bitsandbytes, us | GB/s | of a copy | host, us | bitsandbytes' host, us |",
+        "|---" * 7 + "|",
+    ]
+    for row in results:
+        mine, other = (row["timings"][name] for name in ("trl_turbo", "bitsandbytes"))
+        ratio = other["median_ms"] / mine["median_ms"]
+        cells = ["{:,} x {:,}".format(*row["shape"]), f"{mine['median_ms'] * 1e3:,.1f}"]
+        cells += [f"{other['median_ms'] * 1e3:,.1f} ({ratio:.2f}x)", f"{row['gbps']:,.0f}"]
+        cells += [f"{row['gbps'] / row['copy_gbps']:.0%}", f"{mine['host_us']:.1f}", f"{other['host_us']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@section
 def blocks(about: About, results: Results) -> str:
     """The section's tables, in Markdown."""
     names = list(dict.fromkeys(name for row in results for name in row["forward"]["timings"]))

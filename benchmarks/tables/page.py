@@ -19,6 +19,7 @@ SECTIONS = {
     "linear_logprob": kernels.linear_logprob,
     "lora_fold": kernels.lora_fold,
     "lora": kernels.lora,
+    "dequantise": kernels.dequantise,
     "blocks": kernels.blocks,
     "attention": kernels.attention,
     "packing": kernels.packing,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
+
+from trl_turbo.kernels.dequantise import Dequantiser
 
 from .scratch import buffer
 from .spec import to
@@ -98,15 +101,12 @@ class FourBit:
         """See `Base`."""
         return (self.weight,)
 
-    def _dequantised(self, out: torch.Tensor) -> torch.Tensor:
-        from bitsandbytes.functional import dequantize_4bit
+    @functools.cached_property
+    def _dequantise(self) -> Dequantiser:
+        return Dequantiser(self.weight, self.state)
 
-        packed = self.weight.view(-1, 1)
-        if packed.device.type == "cuda":
-            dequantize_4bit(packed, self.state, out=out)
-        else:  # bitsandbytes 0.50 writes into a given tensor on CUDA alone
-            out.copy_(dequantize_4bit(packed, self.state))
-        return to(out, self.dtype)
+    def _dequantised(self, out: torch.Tensor) -> torch.Tensor:
+        return to(self._dequantise(out), self.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,5 @@
+"""bitsandbytes' weights in 4 bits as numbers again, in one launch."""
+
+from .op import Dequantiser
+
+__all__ = ["Dequantiser"]
