@@ -326,10 +326,16 @@ def _nothing_collected() -> Iterator[None]:
 
 
 def _release_pools() -> None:
-    """Let go of the memory pools of an engine that did not start: the next one would abort the process over them.
+    """Let go of the memory pools of an engine that was given up: the next one would abort the process over them.
 
-    vLLM's worker does it when it shuts down, which one that never came to be does not.
+    vLLM's worker does it when it shuts down, which one that never came to be does not. vLLM's pool of graphs, which is
+    one for the process, died with the engine's: torch captures nothing into it any more.
     """
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    if hasattr(platform, "_global_graph_pool"):
+        platform._global_graph_pool = None
     module = sys.modules.get("vllm.device_allocator.cumem")
     allocator = module.CuMemAllocator.instance if module is not None else None
     # Memory that is still held is another engine's, which goes on

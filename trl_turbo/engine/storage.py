@@ -14,6 +14,8 @@ from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.names import Slot
 
 _BARE = "_trl_turbo_bare"
+# Freed tensors of two projections have no room for one of both: torch's cache would grow by all that was copied
+_CACHED_BYTES = 128 << 20
 
 
 @contextmanager
@@ -61,9 +63,13 @@ def adopt(
         EngineDeclinedError: A parameter of vLLM's takes no tensor of the trainer; nothing was changed then.
     """
     owners, groups = _owners(vllm_model, destinations)
+    freed = 0
     with torch.no_grad():
         for owner, names in groups.items():
-            _join(owners[owner], [(slots[n].parameter, destinations[n].offset) for n in names])
+            freed += _join(owners[owner], [(slots[n].parameter, destinations[n].offset) for n in names])
+            if freed >= _CACHED_BYTES:
+                torch.cuda.empty_cache()
+                freed = 0
     return owners
 
 
@@ -98,11 +104,12 @@ def _owners(
     return {owner: parameters[owner] for owner in groups}, groups
 
 
-def _join(parameter: nn.Parameter, members: list[tuple[nn.Parameter, int]]) -> None:
+def _join(parameter: nn.Parameter, members: list[tuple[nn.Parameter, int]]) -> int:
+    """Returns the bytes of tensors that were copied and freed."""
     first = members[0][0].data
     if len(members) == 1 and first.numel() == parameter.data.numel() and first.is_contiguous():
         parameter.data = first.view(parameter.data.shape)
-        return
+        return 0
     covered = sum(member.data.numel() for member, _ in members)
     make = torch.empty if covered == parameter.data.numel() else torch.zeros
     # `.data.dtype`: in-tree bitsandbytes parameters report another one
@@ -112,6 +119,7 @@ def _join(parameter: nn.Parameter, members: list[tuple[nn.Parameter, int]]) -> N
         view.copy_(member.data)
         member.data = view  # frees the separate tensor
     parameter.data = whole
+    return covered * whole.element_size()
 
 
 def part(whole: Tensor, shape: Any, offset: int) -> Tensor:

@@ -1,0 +1,86 @@
+"""What rounding explains of the log-probs' difference at start-up, and what it does not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from trl_turbo.engine import parity
+
+PROMPT = parity.probe_prompt(200)
+
+
+def of_large_logits() -> torch.nn.Module:
+    """A model whose log-probs bf16 rounds by 0.05 on average."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)
+    return model
+
+
+def sampled(model: torch.nn.Module) -> tuple[list[int], list[float]]:
+    """An answer and its log-probs, as an engine that does not round would give them."""
+    numbers = torch.Generator().manual_seed(1)
+    ids, logprobs = list(PROMPT), []
+    with torch.no_grad():
+        for _ in range(parity.SAMPLED_TOKENS):
+            found = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            token = int(torch.multinomial(found.exp(), 1, generator=numbers))
+            ids.append(token)
+            logprobs.append(float(found[token]))
+    return ids[len(PROMPT) :], logprobs
+
+
+@pytest.fixture(scope="module")
+def exact() -> torch.nn.Module:
+    return of_large_logits()
+
+
+def test_a_model_is_judged_by_its_own_rounding_where_that_is_more_than_in_general(exact, monkeypatch):
+    monkeypatch.setitem(parity.TOLERANCE, torch.bfloat16, 0.02)
+    rounded = copy.deepcopy(exact).bfloat16()
+    found = parity.gap(rounded, PROMPT, *sampled(exact))
+    assert 0.02 < found.mean < found.tolerance
+    assert found.reason is None
+    assert not any(module._forward_hooks for module in rounded.modules())
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_other_weights_in_one_linear_are_no_rounding(exact, layer):
+    other = copy.deepcopy(exact)
+    with torch.no_grad():
+        other.model.layers[layer].self_attn.o_proj.weight.normal_(std=0.1)
+    found = parity.gap(copy.deepcopy(exact).bfloat16(), PROMPT, *sampled(other))
+    assert found.reason is not None
+    assert "where rounding explains" in found.reason
+
+
+def test_what_rounding_explains_has_an_end(exact):
+    chaotic = copy.deepcopy(exact).bfloat16()
+    with torch.no_grad():
+        chaotic.lm_head.weight.mul_(100)
+    ids, logprobs = sampled(exact)
+    assert parity.gap(chaotic, PROMPT, ids, logprobs).tolerance == parity.LARGEST
+
+
+def test_nan_is_refused(exact):
+    ids, logprobs = sampled(exact)
+    assert parity.gap(exact, PROMPT, ids, [float("nan")] * len(logprobs)).reason is not None
+    broken = copy.deepcopy(exact)
+    with torch.no_grad():
+        broken.lm_head.weight[0] = float("nan")
+    assert parity.gap(broken, PROMPT, ids, logprobs).reason is not None
