@@ -5,8 +5,8 @@
 Each contestant runs in a process of its own, one after the other on one machine: hosts differ by a third in what their
 processors give vLLM, so a time is worth something as a ratio within one call alone. The peak is the driver's. A run
 whose sampled log-probs are not the trainer's is reported as wrong and not timed. `--path trl1.12=FOLDER` adds TRL from
-another folder, stock; `--also "fp8=rollout_kv_cache_dtype='fp8'"` adds ours with more keywords of `patch()`. Writes
-OUT.json and OUT.png.
+another folder, stock; `--also "fp8=rollout_kv_cache_dtype='fp8'"` adds ours with more keywords of `patch()`, whose gap
+is told and not judged. Writes OUT.json and OUT.png.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def main() -> int:
         if importlib.util.find_spec(package) is None:
             del contestants[name]
     for name, _, keywords in (each.partition("=") for each in args.also):
-        contestants[name] = Contestant(["--before", contest.patch_line(args.features, keywords)])
+        # What keywords change of the samples is among what is asked
+        ours = ["--before", contest.patch_line(args.features, keywords)]
+        contestants[name] = Contestant(ours, same_weights=False)
     results = contest.hold("benchmarks.grpo_run", contestants, args, given, SHOWN)
     if "error" not in results.get("trl", {"error": ""}) and "error" not in results.get("trl_turbo", {"error": ""}):
         ours, stock = results["trl_turbo"], results["trl"]

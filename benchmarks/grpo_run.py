@@ -143,6 +143,16 @@ def plan_of(trainer: Any) -> tuple[Any, Any]:
     return turbo.plan(trainer).to_dict(), turbo.status().peaks
 
 
+def explained(model: Any, vocabulary: int, length: int) -> float:
+    """What rounding explains of the mean difference between vLLM's log-probs and the trainer's, in this model."""
+    import torch
+
+    from trl_turbo.engine import parity
+
+    ids = torch.randint(8, vocabulary, (1, length), generator=torch.Generator().manual_seed(1))
+    return parity.explained(model, ids.to(next(model.parameters()).device), length // 2)
+
+
 def main() -> None:
     args = arguments()
     if args.unsloth:
@@ -266,6 +276,8 @@ def main() -> None:
         "plan": planned,
         "phases": phases,
     }
+    if trainer.accelerator.num_processes == 1 and not args.unsloth:
+        result["logp_gap_explained"] = explained(trainer.model, len(tokenizer), 128)
     if trainer.accelerator.num_processes > 1:
         result = ranks.together(result, trainer.model)
     if args.cap_gb is not None and peak.base + top > args.cap_gb * 2**30:

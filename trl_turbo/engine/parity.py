@@ -78,10 +78,23 @@ def gap(
     difference = (own - given).abs()
     mean, tolerance = float(difference.mean()), TOLERANCE.get(computed_in or dtype, 0.1)
     if mean > tolerance:
-        with _moved(model):
-            moved, _ = _logprobs(model, ids, len(completion))
-        tolerance = max(tolerance, min(LARGEST, MOVED * float((moved - own).abs().mean())))
+        tolerance = max(tolerance, explained(model, ids, len(completion)))
     return Gap(mean, float(difference.max()), tolerance)
+
+
+@torch.no_grad()
+def explained(model: Any, ids: torch.Tensor, count: int) -> float:
+    """What rounding explains of the mean difference of a token's log-prob in this model.
+
+    Args:
+        model: In a 16-bit dtype; in another it is 0.
+        ids: [1, T].
+        count: How many tokens at the end to ask.
+    """
+    own, _ = _logprobs(model, ids, count)
+    with _moved(model):
+        moved, _ = _logprobs(model, ids, count)
+    return min(LARGEST, MOVED * float((moved - own).abs().mean()))
 
 
 def _logprobs(model: Any, ids: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.dtype]:
