@@ -13,6 +13,7 @@ from unittest.mock import patch as replaced
 
 import torch
 
+from trl_turbo.patches.attention import interface, passes
 from trl_turbo.patches.blocks import mlp, norms, rope
 from trl_turbo.patches.checkpointing import tiled
 from trl_turbo.patches.logprob import forward, fused_head
@@ -92,9 +93,13 @@ ALONE: dict[str, dict[str, Case]] = {
 KINDS = tuple(ALONE)
 # Off unless asked for, or in these tests
 FEATURES: dict[str, dict[str, bool]] = {
-    "GRPO": {"mlp_tiling": True},
+    "GRPO": {"mlp_tiling": True, "attention": True},
+    "GRPO-lora": {"packing": True},
+    "RLOO": {"packing": True},
     "DPO": {"packing": True},
     "DPO-lora": {"attention": True},
+    "OnlineDPO": {"attention": True},
+    "OnlineDPO-lora": {"packing": True},
 }
 KERNELS = (
     (norms, "rms_norm"),
@@ -104,6 +109,7 @@ KERNELS = (
     (group, "lora_qkv"),
     (lora_mlp, "lora_mlp"),
     (tiled, "tiled"),
+    (interface, "attention"),
 )
 # What makes no logits in which all rows are scored at once; stock makes them where TRL has no fused head
 WITHOUT_LOGITS = ("GRPO", "DPO", "OnlineDPO")
@@ -136,8 +142,20 @@ def _sizes(case: Case) -> dict[str, tuple[int, str]]:
 
 
 def _counted(case: Case, features: dict[str, bool]) -> dict[str, Any] | str:
-    """As `trained`; of the patched run also how often each kernel beside the log-prob's was called."""
+    """As `trained`; of the patched run also how often each kernel was called, and how each pass was arranged."""
     ran: Counter[str] = Counter()
+    arranged: list[tuple[str, int]] = []
+    arrange = passes._arrange
+
+    def watched(*args: Any) -> Any:
+        way = arrange(*args)
+        if not isinstance(way, passes.Arranged):
+            arranged.append((str(way), 0))
+        elif way.rows is None:
+            arranged.append(("attention", way.targets.numel()))
+        else:
+            arranged.append(("packing", len(way.rows.index)))
+        return way
 
     def counting(name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -150,8 +168,9 @@ def _counted(case: Case, features: dict[str, bool]) -> dict[str, Any] | str:
         for module, name in KERNELS:
             stack.enter_context(replaced.object(module, name, counting(name, getattr(module, name))))
         stack.enter_context(replaced.object(tiled, "TILE_ROWS", 16))
+        stack.enter_context(replaced.object(passes, "_arrange", watched))
         found = trained(case, **features)
-    return found if isinstance(found, str) else {**found, "ran": ran}
+    return found if isinstance(found, str) else {**found, "ran": ran, "arranged": arranged}
 
 
 def main(kind: str, *rest: str) -> None:
