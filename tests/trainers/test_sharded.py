@@ -73,7 +73,8 @@ def test_attention_and_packing_are_on(ranks: list[dict[str, Any]], label: str, r
     arranged = [rank[label]["arranged"] for rank in ranks]
     for rank, passes in zip(ranks, arranged, strict=True):
         assert passes
-        assert {way for way, _ in passes} == {feature}
+        # Where a batch has no padding and no shared prompt, it is left as it is, with our attention
+        assert feature in {way for way, _ in passes} <= {feature, "attention"}
         assert rank[label]["ran"]["attention"] >= len(passes)
         notes = rank[label]["path"].others
         assert not any("its passes keep" in note for note in notes), notes
