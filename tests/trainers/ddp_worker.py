@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ PACKED = ("GRPO-lora-checkpointed", "DPO-checkpointed", "OnlineDPO-lora")
 LABELS = sorted([*CASES, *(f"{label}-packed" for label in PACKED)])
 
 
-def trained(case: Case, **features: bool) -> dict[str, Any] | str:
+def trained(case: Case, draws: Sequence[str] = VARIANTS[1:], **features: bool) -> dict[str, Any] | str:
     """Stock, perturbed and patched runs of a case, or why there are none."""
     if case.missing():
         return case.missing()
@@ -59,7 +60,7 @@ def trained(case: Case, **features: bool) -> dict[str, Any] | str:
         plain = run(case)
     except RuntimeError as error:
         return f"stock fails in two processes: {error}"[:200]
-    perturbed = [run(case, variant) for variant in VARIANTS[1:]]
+    perturbed = [run(case, variant) for variant in draws]
     return {"stock": plain, "perturbed": perturbed, **_patched(case, **features)}
 
 

@@ -78,7 +78,7 @@ def folder(family: str = "qwen2", variant: str = "plain", unit: float = torch.fi
         getattr(transformers, name)(**{**_SHAPE, **settings}), dtype=torch.float32, attn_implementation="eager"
     )
     if variant != "plain":
-        generator = torch.Generator().manual_seed(VARIANTS.index(variant))
+        generator = torch.Generator().manual_seed(int(variant.removeprefix("perturbed-")))
         with torch.no_grad():
             for parameter in model.parameters():
                 sign = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch as replaced
 
@@ -12,8 +13,10 @@ import torch
 from torch import nn
 
 import trl_turbo
+from trl_turbo.compat.sharded import splits_more
 from trl_turbo.kernels.attention import Segments
-from trl_turbo.patches.attention import check, passes
+from trl_turbo.patches.attention import check, passes, stand_in
+from trl_turbo.patches.attention.layers import attention_layers
 from trl_turbo.patches.attention.layout import KEYWORD, Layout, no_mask
 from trl_turbo.patches.attention.probe import FARTHEST, window_of
 from trl_turbo.patches.attention.rows import Rows, find_rows
@@ -161,7 +164,7 @@ def test_no_gradient_leaks_to_another_sequence(family: str, control: bool) -> No
     model = make(family)
     rows, _ = rows_of("groups")
     ids, _, column = batch("groups")
-    assert check.verdict_of(model, type(model).forward, "packing.passes", True)[0] is not None
+    assert check.verdict_of(model, type(model).forward, "packing.passes", True, ids.device)[0] is not None
     segments = rows.segments
     if control:  # one sequence instead of many
         segments = Segments.build([rows.segments.total])
@@ -252,8 +255,14 @@ def replica(model: Any) -> None:
     model._is_replica = True
 
 
-def sharded(model: Any) -> None:
-    next(model.parameters()).ds_id = 0
+def flattened(model: Any) -> None:
+    model.model.layers[0].mlp.__class__ = type("FullyShardedDataParallel", (type(model.model.layers[0].mlp),), {})
+
+
+def sharded_integers(model: Any) -> None:
+    layer = model.model.layers[0].self_attn
+    layer.codes = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    partitioned(model)
 
 
 def unlike_kinds(model: Any) -> None:
@@ -283,7 +292,8 @@ DECLINED: dict[str, tuple[Callable[[Any], None], str]] = {
     "flash": (flash, "'flash_attention_2' is the script's choice"),
     "own-forward": (own_forward, "a forward of its own on the instance"),
     "replica": (replica, "nn.DataParallel"),
-    "sharded": (sharded, "sharded"),
+    "fsdp1": (flattened, "FSDP in its first version"),
+    "sharded-integers": (sharded_integers, "its sharded parameters are not all numbers (`codes`)"),
     "linear-attention": (unlike_kinds, "other kinds too (linear_attention)"),
     "own-mask": (mask_of_its_own, "a mask that the model makes by itself"),
 }
@@ -311,6 +321,124 @@ def test_declined(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found, notes = arranged(model)
     assert found is None
     assert reason in notes
+
+
+# Models that are sharded ---------------------------------------------------------------------------------------------
+
+
+def partitioned(model: Any) -> None:
+    """As ZeRO-3 leaves parameters between calls: empty, with a mark and the shape that they have when gathered."""
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_shape = number, parameter.shape
+        parameter.data = parameter.data.new_empty(0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral"])
+def test_sharded_models_qualify(family: str) -> None:
+    """No parameter is there to compute with, and none is needed to find out about the code."""
+    whole, model = make(family), make(family)
+    partitioned(model)
+    of_whole, _ = arranged(whole)
+    found, notes = arranged(model)
+    assert found is not None, notes
+    assert found.layers == of_whole.layers
+    assert found.layout.softcap == of_whole.layout.softcap
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("change", [name for name in DECLINED if name != "sharded-integers"])
+def test_sharded_models_are_declined_for_the_same_reasons(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", modeling_llama.create_causal_mask)  # for what changes it
+    model = make("llama")
+    change_model, reason = DECLINED[change]
+    change_model(model)
+    partitioned(model)
+    found, notes = arranged(model)
+    assert found is None
+    assert reason in notes
+
+
+def test_sharded_model_with_a_forward_on_an_instance_is_declined() -> None:
+    """Whatever such a function holds on to, it is the sharded module's."""
+    model = make("llama")
+    layer = model.model.layers[1].mlp
+    layer.forward = lambda x: type(layer).forward(layer, x)
+    partitioned(model)
+    found, notes = arranged(model)
+    assert found is None
+    assert "its LlamaMLP has a forward of its own on the instance" in notes
+
+
+def test_stand_in_takes_the_memory_of_a_layer_and_tells_projections_apart() -> None:
+    model = make("llama")
+    one, layers = model.model.layers[0], len(model.model.layers)
+    assert layers > 1
+    partitioned(model)
+    found = stand_in.stand_in(model, torch.device("cpu"))
+    assert not any(found_module in set(model.modules()) for found_module in found.modules())
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in found.parameters()}
+    shapes = {(tuple(p.ds_shape), "bias" in name) for name, p in model.named_parameters()}
+    assert len(storages) <= len(shapes) + 1  # an embedding may have the shape of another matrix
+    spare = stand_in._APART * stand_in._WINDOWS * 4
+    layer_bytes = 4 * sum(p.ds_shape.numel() for p in one.parameters())
+    assert sum(storages.values()) <= layer_bytes + (len(storages) + 1) * spare
+    attention = found.model.layers[0].self_attn
+    assert not torch.equal(attention.k_proj.weight, attention.v_proj.weight)
+    again = stand_in.stand_in(model, torch.device("cpu"))
+    for ours, theirs in zip(found.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs), "processes must come to the same verdict"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "mixed"])
+def test_stand_in_for_fsdp2(dtype: torch.dtype | None) -> None:
+    """Plain classes without FSDP's hooks, in the dtype that it gathers parameters in; the model is as it was."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    if dist.is_initialized():
+        pytest.skip("another test holds a process group")
+    model = make("llama")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        form: dict[str, Any] = {
+            "mesh": dist.init_device_mesh("cpu", (1,)),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype),
+        }
+        for block in model.model.layers:
+            fully_shard(block, **form)
+        fully_shard([model.model.norm, model.lm_head], **form, reshard_after_forward=False)
+        fully_shard(model, **form)
+        found = stand_in.stand_in(model, torch.device("cpu"))
+        for ours, theirs in zip(found.modules(), model.modules(), strict=True):
+            assert not isinstance(ours, FSDPModule)
+            assert not ours._forward_pre_hooks
+            assert not ours._forward_hooks
+            assert isinstance(theirs, type(ours))
+        for ours, theirs in zip(found.parameters(), model.parameters(), strict=True):
+            assert ours.shape == theirs.shape
+            assert ours.dtype == (dtype or torch.float32)
+            assert type(theirs.data).__name__ == "DTensor"
+        answer, notes = arranged(model)
+        assert answer is not None, notes
+        kinds = {type(layer) for layer in attention_layers(found)}
+        assert not any(issubclass(kind, FSDPModule) for kind in kinds)
+        assert isinstance(model, FSDPModule)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_more_than_parameters_is_split() -> None:
+    """Queries, keys and values of a process are then not those that the stand-in has."""
+    for names, split in (
+        (None, False),
+        (("dp_replicate", "dp_shard"), False),
+        (("dp_shard_cp",), True),
+        (("tp",), True),
+    ):
+        tensor = SimpleNamespace(device_mesh=SimpleNamespace(mesh_dim_names=names))
+        assert splits_more(tensor) == split
 
 
 @pytest.mark.parametrize(

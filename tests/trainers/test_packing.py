@@ -207,7 +207,7 @@ def test_chunks_of_tokens_are_fewer(seen: Seen) -> None:
     assert max(grown) > 2
     with patched():
         seen.rows.clear()
-        with replaced.object(trl_turbo.patches.packing.chunks, "runs_packed", lambda model: False):
+        with replaced.object(trl_turbo.patches.packing.chunks, "runs_packed", lambda *_: False):
             run(case)
     assert {rows.shape[0] for rows in seen.rows} == {2}
 

@@ -12,7 +12,7 @@ import pytest
 
 from .launched import TORCHRUN, equal_on_ranks, launched, of_ranks
 from .rule import assert_same
-from .shard_worker import BUDGET_BYTES, KINDS, WITHOUT_LOGITS, cases
+from .shard_worker import BUDGET_BYTES, FEATURES, KINDS, WITHOUT_LOGITS, cases
 from .sharded import ENVIRONMENT
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow]
@@ -61,11 +61,31 @@ def test_kernels_are_on(ranks: list[dict[str, Any]], label: str, request: pytest
         assert expected <= ran
         assert LORA[kind] or not any(name.startswith("lora") for name in ran)
         assert any("before its tiles are made again" in note for note in notes) == (label == "GRPO" and kind == "zero3")
-        # Packed rows and attention of their own
-        assert any("its parameters are sharded" in note for note in notes) == (
-            label.startswith("DPO") and kind != "zero2"
-        )
         assert any("ZeRO-3 gathers" in note for note in notes) == (adapted and not LORA[kind])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "label"), [(kind, label) for kind in KINDS for label in FEATURES], indirect=["ranks"]
+)
+def test_attention_and_packing_are_on(ranks: list[dict[str, Any]], label: str, request: pytest.FixtureRequest) -> None:
+    """Every pass goes to our attention, on a packed row or the padded batch; ranks pass as often, over other tokens."""
+    feature = "packing" if FEATURES[label].get("packing") else "attention"
+    arranged = [rank[label]["arranged"] for rank in ranks]
+    for rank, passes in zip(ranks, arranged, strict=True):
+        assert passes
+        # Where a batch has no padding and no shared prompt, it is left as it is, with our attention
+        assert feature in {way for way, _ in passes} <= {feature, "attention"}
+        assert rank[label]["ran"]["attention"] >= len(passes)
+        notes = rank[label]["path"].others
+        assert not any("its passes keep" in note for note in notes), notes
+        # Chunks by tokens would be as many as this rank's tokens make
+        chunked = feature == "packing" and label.startswith(("GRPO", "RLOO"))
+        sharded = request.node.callspec.params["ranks"] != "zero2"
+        assert any("keep TRL's chunks of rows" in note for note in notes) == (chunked and sharded)
+    if request.node.callspec.params["ranks"] != "zero2":
+        assert len(arranged[0]) == len(arranged[1])
+    if feature == "packing":
+        assert arranged[0] != arranged[1], "both ranks had as many tokens in each pass"
 
 
 @pytest.mark.parametrize(

@@ -50,15 +50,38 @@ def is_fsdp2(module: Any) -> bool:
     return len(bases) == 2 and bases[0].__name__ == "FSDPModule"
 
 
+def computes_in(unit: Any) -> torch.dtype | None:
+    """What FSDP2 casts the parameters of one of its units to when it gathers them, `None` where they stay as they are.
+
+    torch has no public way to ask (`FSDPModule` of torch 2.6 to 2.13).
+    """
+    dtype: torch.dtype | None = unit._get_fsdp_state()._mp_policy.param_dtype
+    return dtype
+
+
+def splits_more(tensor: Any) -> bool:
+    """Whether a DTensor's mesh is also that of tensor, context or sequence parallelism, by accelerate's names."""
+    names = getattr(getattr(tensor, "device_mesh", None), "mesh_dim_names", None) or ()
+    return any({"tp", "cp", "sp"} & set(name.split("_")) for name in names)
+
+
+def as_sharded(whole: nn.Parameter, parameter: torch.Tensor) -> nn.Parameter:
+    """Let a whole tensor pass for one that ZeRO-3 has gathered, where that is what it stands for."""
+    if is_zero3(parameter):
+        vars(whole).update(ds_id=vars(parameter)["ds_id"], ds_shape=whole_shape(parameter))
+    return whole
+
+
 def gathers(module: nn.Module) -> bool:
     """Whether calling a module makes its own parameters whole."""
-    return any(map(_of_owner, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
+    return any(map(is_owners_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
 
 
 def foreign_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks beside those that make its parameters whole."""
-    return not all(map(_of_owner, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
+    return not all(map(is_owners_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
 
 
-def _of_owner(hook: Any) -> bool:
+def is_owners_hook(hook: Any) -> bool:
+    """Whether a hook is FSDP2's or DeepSpeed's."""
     return str(getattr(hook, "__module__", "")).startswith(("torch.distributed.", "deepspeed."))

@@ -9,6 +9,9 @@ Three questions, all answered by numbers of the model at hand, in the dtype at h
   and 4 units in the last place itself (2^-12 in float32).
 - *Nothing else between tokens.* That difference is under a quarter of what another prompt changes, so that what would
   pass from one sequence to the next (the state of a recurrent layer, a convolution) cannot hide behind rounding.
+
+Where FSDP2 or ZeRO-3 shards a model, its modules are asked with other numbers in place of what is not whole
+(`stand_in`): alone in each process, without a collective, and with the same verdict in all.
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from trl_turbo.compat.sharded import is_sharded
 from trl_turbo.patches.attention.interface import UnsupportedAttentionError, register
 from trl_turbo.patches.attention.layers import attention_layers, hook_kinds
 from trl_turbo.patches.attention.layout import KEYWORD, NAME, Layout, no_mask
 from trl_turbo.patches.attention.probe import Probe, probing
 from trl_turbo.patches.attention.rows import Rows, find_rows
+from trl_turbo.patches.attention.stand_in import has_shards, stand_in
 from trl_turbo.patches.blocks.agreement import autocast_dtype, generator, judge
 from trl_turbo.patches.logprob.forward import standing_in_for
 from trl_turbo.patches.logprob.request import completion_targets
@@ -62,7 +65,9 @@ class Verdict:
 _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[Verdict | None, str]]] = WeakKeyDictionary()
 
 
-def verdict_of(model: nn.Module, original: Callable[..., Any], patch: str, packed: bool) -> tuple[Verdict | None, str]:
+def verdict_of(
+    model: nn.Module, original: Callable[..., Any], patch: str, packed: bool, device: torch.device
+) -> tuple[Verdict | None, str]:
     """What is known about a model, found out where it is asked for the first time in this state.
 
     Args:
@@ -70,6 +75,7 @@ def verdict_of(model: nn.Module, original: Callable[..., Any], patch: str, packe
         original: Its forward, called with the model first.
         patch: Name of the patch that its attention layers are hooked for.
         packed: Whether it is to run on packed rows, not only with our attention on the padded batch.
+        device: Where it computes.
 
     Returns:
         The verdict, or `None` and why it must be left alone.
@@ -77,14 +83,14 @@ def verdict_of(model: nn.Module, original: Callable[..., Any], patch: str, packe
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is None:
         return None, "it has no floating-point parameter"
-    autocast = autocast_dtype(weight.device)
+    autocast = autocast_dtype(device)
     config: Any = model.config
-    state = (packed, config._attn_implementation, weight.dtype, weight.device, autocast)
+    state = (packed, config._attn_implementation, weight.dtype, device, autocast)
     known = _KNOWN.setdefault(model, {})
     if state not in known:
         reason = _unfit(model)
         if reason is None:
-            known[state] = judge(lambda: _answer(model, original, patch, packed), weight.device, autocast)
+            known[state] = judge(lambda: _answer(model, original, patch, packed, device), device, autocast)
         else:
             known[state] = None, reason
     verdict, reason = known[state]
@@ -107,9 +113,7 @@ def _unfit(model: Any) -> str | None:
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             return "it is compiled by torch.compile"
         if type(module).__name__ == "FullyShardedDataParallel":
-            return "its parameters are sharded"
-    if any(map(is_sharded, model.parameters())):
-        return "its parameters are sharded"
+            return "its parameters are parts of flat ones, as FSDP in its first version makes them"
     layers = list(attention_layers(model))
     if not layers:
         return "none of its layers calls transformers' attention interface"
@@ -125,8 +129,13 @@ def _unfit(model: Any) -> str | None:
     return f"its layers are of other kinds too ({', '.join(others)})" if others else None
 
 
-def _answer(model: Any, original: Callable[..., Any], patch: str, packed: bool) -> tuple[Verdict | None, str]:
+def _answer(
+    model: Any, original: Callable[..., Any], patch: str, packed: bool, device: torch.device
+) -> tuple[Verdict | None, str]:
     try:
+        if has_shards(model):
+            model = stand_in(model, device)
+            original = type(model).forward
         return _examine(model, original, patch, packed)
     except UnsupportedAttentionError as error:
         return None, str(error)

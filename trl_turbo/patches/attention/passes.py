@@ -112,7 +112,7 @@ def _arrange(
     if positions is not None and positions.dim() != 2:
         return "its positions have more than one coordinate"
     packed = feature == "packing"
-    verdict, reason = verdict_of(model, original, f"{feature}.passes", packed)
+    verdict, reason = verdict_of(model, original, f"{feature}.passes", packed, ids.device)
     if verdict is None:
         return reason
     if model.training and verdict.attention_dropout:
@@ -146,11 +146,11 @@ def _arrange(
     return Arranged(given, targets, None, layout, verdict.layers)
 
 
-def runs_packed(model: nn.Module) -> bool:
-    """Whether the passes of a model go to packed rows, as far as that does not depend on the batch."""
+def runs_packed(model: nn.Module, device: torch.device) -> bool:
+    """Whether the passes of a model go to packed rows on a device, as far as that does not depend on the batch."""
     if torch.compiler.is_compiling() or _counts_tokens(model):
         return False
-    verdict, _ = verdict_of(model, type(model).forward, "packing.passes", True)
+    verdict, _ = verdict_of(model, type(model).forward, "packing.passes", True, device)
     return verdict is not None and not (model.training and verdict.attention_dropout)
 
 

@@ -4,6 +4,8 @@ TRL scores old and reference log-probs in chunks of `per_device_train_batch_size
 tokens than it is allowed, and answers of one prompt are spread over chunks that each have to run it. Here a chunk takes
 rows until they come to the tokens of a padded chunk of TRL's, so it is never larger than what stock runs. What is
 scored, a token at a time, does not depend on it; the training pass keeps TRL's micro-batches.
+
+Where parameters are sharded TRL's chunks stay: each pass gathers them in all processes, which have other tokens each.
 """
 
 from __future__ import annotations
@@ -19,12 +21,19 @@ import torch
 from trl_turbo.compat.signatures import misfit
 from trl_turbo.patches.attention.check import drops_out
 from trl_turbo.patches.attention.passes import runs_packed
+from trl_turbo.patches.attention.stand_in import has_shards
 from trl_turbo.patches.logprob.hook import causal_lms
 from trl_turbo.patches.logprob.policy import FIRST, method_name
 from trl_turbo.patching import Replacement
+from trl_turbo.report import note
 
 # What a chunk of rows does not cut: sizes, switches, and an auxiliary loss, which is a mean over TRL's chunks
 _ROWLESS = frozenset({"batch_size", "compute_entropy", "compute_aux_loss"})
+
+_IN_STEP = (
+    "parameters are sharded, and every process must make as many passes as the others: passes without gradients keep "
+    "TRL's chunks of rows"
+)
 
 
 def probe(module: ModuleType, trainer_name: str) -> str | None:
@@ -56,8 +65,11 @@ def _by_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled() or not rows or rows >= len(input_ids) or others:
             return original(self, *first, *args, **kwargs)
         causal_lm = next(causal_lms(model), None)
+        if causal_lm is not None and has_shards(causal_lm):
+            note("packing", _IN_STEP)
+            return original(self, *first, *args, **kwargs)
         with self.accelerator.autocast():  # as the pass itself will be
-            if causal_lm is None or not runs_packed(causal_lm):
+            if causal_lm is None or not runs_packed(causal_lm, input_ids.device):
                 return original(self, *first, *args, **kwargs)
         ends = chunk_ends(input_ids, attention_mask, logits_to_keep, rows, share=not drops_out(causal_lm))
         parts = []
