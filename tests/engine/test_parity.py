@@ -59,6 +59,18 @@ def test_a_model_is_judged_by_its_own_rounding_where_that_is_more_than_in_genera
     assert not any(module._forward_hooks for module in rounded.modules())
 
 
+def test_layers_with_an_adapter_run_as_in_training(exact):
+    """Hooks in them would take them off our kernels, with a note in the report that is not true of the training."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(copy.deepcopy(exact).bfloat16(), peft.LoraConfig(target_modules="all-linear"))
+    layers = [module for module in model.modules() if hasattr(module, "base_layer")]
+    with parity._moved(model):
+        assert not any(inner._forward_hooks for layer in layers for inner in layer.modules())
+        assert all(block._forward_hooks and block.mlp._forward_hooks for block in model.base_model.model.model.layers)
+    ids = torch.tensor([[*PROMPT, *PROMPT]])
+    assert 0 < parity.explained(model, ids, len(PROMPT)) < parity.LARGEST
+
+
 @pytest.mark.parametrize("layer", range(4))
 def test_other_weights_in_one_linear_are_no_rounding(exact, layer):
     other = copy.deepcopy(exact)

@@ -26,6 +26,9 @@ from trl_turbo.engine.start import Start, prepare
 from trl_turbo.engine.together import together
 from trl_turbo.report import logger, note
 
+# A KV cache of this share of what torch holds may stand beside torch's cache
+_LITTLE = 0.02
+
 
 class TurboLLM(vllm.LLM):
     """A `vllm.LLM` that reads the weights of the trainer that builds it, or takes its adapter where it cannot.
@@ -259,8 +262,11 @@ class TurboLLM(vllm.LLM):
     def _wake(self) -> None:
         shared = self.shared
         if shared is not None and shared.kv_released:
-            # What training left in torch's cache would stand beside the KV cache, and a step's peak be their sum
-            torch.cuda.empty_cache()
+            # What training left in torch's cache would stand beside the KV cache, and a step's peak be their sum. Where
+            # the KV cache is little of it, they may: full fine-tuning of 8B parameters leaves some 30 GiB in pieces
+            # there, which the driver would have to give out anew in each step.
+            if shared.released_bytes > _LITTLE * torch.cuda.memory_reserved():
+                torch.cuda.empty_cache()
             super().wake_up()
             shared.kv_released = False
 

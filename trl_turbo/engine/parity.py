@@ -110,7 +110,10 @@ def _logprobs(model: Any, ids: torch.Tensor, count: int) -> tuple[torch.Tensor, 
 
 @contextmanager
 def _moved(model: Any) -> Iterator[None]:
-    """While open, each module's output of a 16-bit dtype is off by up to half a unit in the last place, at random."""
+    """While open, each module's output of a 16-bit dtype is off by up to half a unit in the last place, at random.
+
+    Not those of PEFT's layers and in them: with hooks they would run another way than in training.
+    """
     numbers: dict[torch.device, torch.Generator] = {}
 
     def move(module: Any, given: Any, output: Any) -> Any:  # noqa: ARG001
@@ -122,9 +125,21 @@ def _moved(model: Any) -> Iterator[None]:
         x = (x.float() * (1 + torch.finfo(x.dtype).eps * off)).to(x.dtype)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
-    hooks = [module.register_forward_hook(move) for module in model.modules()]
+    layers = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    hooks = [
+        module.register_forward_hook(move)
+        for name, module in model.named_modules()
+        if layers.isdisjoint({name, *_above(name)})
+    ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _above(name: str) -> Iterator[str]:
+    """Names of the modules that a module is in, but the model itself."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

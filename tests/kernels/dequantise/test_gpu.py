@@ -59,7 +59,7 @@ def test_control_one_scale_of_a_million_is_seen():
 
 @each_dtype
 def test_layers_take_it_and_not_bitsandbytes(dtype, monkeypatch):
-    linear = bnb.nn.Linear4bit(1536, 512, False, dtype, True, "nf4")
+    linear = bnb.nn.Linear4bit(1536, 512, False, dtype, True, "nf4").to(dtype)
     linear.load_state_dict(torch.nn.Linear(1536, 512, bias=False, dtype=dtype).state_dict())
     linear = linear.cuda().requires_grad_(False)
     state = linear.weight.quant_state
