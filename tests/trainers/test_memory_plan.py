@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import trl_turbo
+from trl_turbo._features import Switches
 from trl_turbo.memory_plan import predict
 from trl_turbo.memory_plan import sizes as model_sizes
 from trl_turbo.memory_plan.layer import TILE_ROWS, layer_bytes
+from trl_turbo.memory_plan.prediction import FEATURES, Settings
 from trl_turbo.memory_plan.table import REMEDIES
 
 from .models import ALONE
@@ -204,6 +206,17 @@ def test_longest_sequence_is_the_longest_that_fits() -> None:
     assert plan.longest_sequence(1 << 20) == 0
     with pytest.raises(ValueError, match="pass gpu_bytes"):
         predict(config()).longest_sequence()
+
+
+def test_what_patch_has_on_by_default_is_planned_by_default() -> None:
+    switches = Switches({}, {}).resolve(FEATURES)
+    on = [name for name, switch in switches.items() if switch.on]
+    assert list(Settings().features) == on
+    plan = predict(config(), lora_rank=0, completion=4 * TILE_ROWS)
+    assert plan.settings["features"] == on
+    # What is off unless asked for is not counted on
+    everything = predict(config(), lora_rank=0, completion=4 * TILE_ROWS, features=FEATURES)
+    assert everything.moments["backward"]["one layer"] < plan.moments["backward"]["one layer"]
 
 
 def test_settings_move_the_parts_that_they_are_for() -> None:
