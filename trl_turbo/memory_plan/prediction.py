@@ -235,10 +235,10 @@ def make(
     for parts in moments.values():
         parts["fragmentation"] = int(FRAGMENTATION * sum(size for part, size in parts.items() if part in _COMING))
 
-    def again(completion: int) -> MemoryPlan:
-        longer = replace(settings, completion=completion)
+    def again(**changes: Any) -> MemoryPlan:
+        other = replace(settings, **changes)
         left = {part: size for part, size in known.items() if part != "KV cache"}  # which grows with the completion
-        return make(sizes, longer, gpu_bytes=gpu_bytes, context_bytes=context_bytes, known=left)
+        return make(sizes, other, gpu_bytes=gpu_bytes, context_bytes=context_bytes, known=left)
 
     shown = {moment: {part: size for part, size in parts.items() if size} for moment, parts in moments.items()}
     described = {**asdict(settings), "features": list(settings.features)}
