@@ -94,7 +94,7 @@ def patch(
         resume: ``resume_from_checkpoint=True`` goes on from the last checkpoint that every rank had written to its end.
         **features: Features of third-party plugins. For every feature, ``True`` and ``False`` win over
             ``TRL_TURBO_<FEATURE>`` in the environment, and ``None`` leaves it to that, which is on by default
-            (``attention``, ``packing`` and ``mlp_tiling`` are off until they are measured on a GPU).
+            (``mlp_tiling`` is off until it is measured on a GPU).
             ``TRL_TURBO=0`` turns everything off, keywords or not; ``TRL_TURBO_PLUGINS=0`` leaves out third parties.
 
     Returns:

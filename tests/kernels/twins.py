@@ -229,6 +229,14 @@ def test_more_blocks_than_a_grid_axis_holds():
     close(a, b, torch.bfloat16)
 
 
+def test_gradient_of_an_entropy_that_is_not_there():
+    logits, _, targets = inputs(3, 128, torch.float32)
+    norm = torch.stack((logits.amax(-1), torch.ones(3, device=DEVICE)))
+    for ops in (kernel, tiles):
+        with pytest.raises(ValueError, match="without the entropy that it is made from; pass entropy"):
+            ops.grad_tile(logits, None, targets, norm, None, None, norm[0], 0, Transform())
+
+
 @pytest.mark.skipif(not CUDA, reason="4.3 GB of memory")
 def test_offsets_past_two_to_the_31():
     """Rows 2^30 elements apart: the third begins at 2^31, where an int32 offset turns negative."""

@@ -94,7 +94,7 @@ ALONE: dict[str, dict[str, Case]] = {
     },
 }
 KINDS = tuple(ALONE)
-# Off unless asked for, or in these tests
+# Off unless asked for (mlp_tiling), or in these tests
 FEATURES: dict[str, dict[str, bool]] = {
     "GRPO": {"mlp_tiling": True, "attention": True},
     "GRPO-lora": {"packing": True},

@@ -221,7 +221,11 @@ def test_hooks_inside_a_layer_or_an_mlp_are_not_passed_by() -> None:
     model = adapted("llama")
     layer = model.base_model.model.model.layers[0]
     seen = []
-    layer.self_attn.o_proj.base_layer.register_forward_hook(lambda *_: seen.append("base"))
+
+    def watch(*_: Any) -> None:
+        seen.append("base")
+
+    layer.self_attn.o_proj.base_layer.register_forward_hook(watch)
     layer.self_attn.q_proj.lora_A["default"].register_forward_hook(lambda *_: seen.append("lora_A"))
     layer.mlp.up_proj.register_forward_hook(lambda *_: seen.append("up"))
     stock = passed(model)
@@ -232,6 +236,12 @@ def test_hooks_inside_a_layer_or_an_mlp_are_not_passed_by() -> None:
     assert len(seen) == 3
     assert ran["mlp"] == 1
     assert {"MLPs with hooks inside run linear by linear"} < set(ran.notes)
+    sizes = {p: getattr(layer.self_attn, p).base_layer for p in ("o_proj", "q_proj")}
+    for name, part in (("o_proj", "the one"), ("q_proj", "lora_A of 'default'")):
+        where = f"{part} from {sizes[name].in_features:,} to {sizes[name].out_features:,} features has the hook "
+        (said,) = (text for text in ran.notes if where in text)
+        assert "; remove it, " in said
+        assert ("watch;" in said) == (name == "o_proj")
 
 
 def test_an_input_written_to_between_two_projections_is_read_again() -> None:

@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import trl_turbo
+from trl_turbo._features import Switches
 from trl_turbo.memory_plan import predict
 from trl_turbo.memory_plan import sizes as model_sizes
 from trl_turbo.memory_plan.layer import TILE_ROWS, layer_bytes
+from trl_turbo.memory_plan.prediction import FEATURES, Settings
 from trl_turbo.memory_plan.table import REMEDIES
 
 from .models import ALONE
@@ -206,6 +208,17 @@ def test_longest_sequence_is_the_longest_that_fits() -> None:
         predict(config()).longest_sequence()
 
 
+def test_what_patch_has_on_by_default_is_planned_by_default() -> None:
+    switches = Switches({}, {}).resolve(FEATURES)
+    on = [name for name, switch in switches.items() if switch.on]
+    assert list(Settings().features) == on
+    plan = predict(config(), lora_rank=0, completion=4 * TILE_ROWS)
+    assert plan.settings["features"] == on
+    # What is off unless asked for is not counted on
+    everything = predict(config(), lora_rank=0, completion=4 * TILE_ROWS, features=FEATURES)
+    assert everything.moments["backward"]["one layer"] < plan.moments["backward"]["one layer"]
+
+
 def test_settings_move_the_parts_that_they_are_for() -> None:
     base = {"prompt": 16, "completion": 512, "micro_batch": 8}
 
@@ -245,6 +258,54 @@ def test_table_and_dict_say_the_same(trainer: str) -> None:
     assert part in REMEDIES
     assert plan.total(moment) == plan.peak_bytes
     assert plan.phase_bytes("training") == max(plan.total("scoring"), plan.total("backward"))
+
+
+def test_remedy_is_one_setting_that_is_not_set_yet() -> None:
+    """A feature that is off where turning it on spares most of the part, and otherwise a number of the script's."""
+    every = tuple(name for name in FEATURES if name != "mlp_tiling")
+
+    def told(part: str, moment: str = "backward", **settings: Any) -> str:
+        made = {"prompt": 16, "completion": 512, "micro_batch": 8, **settings}
+        return predict(config(num_hidden_layers=12), **made).remedy(moment, part)
+
+    def without(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in every if name not in names)
+
+    assert told("one layer", features=without("lora")).startswith("set patch(lora=True), ")
+    assert told("one layer", features=without("norms")).startswith("set patch(norms=True), ")
+    assert told("one layer") == "lower per_device_train_batch_size"
+    assert told("one layer", micro_batch=1) == "lower max_completion_length"
+    # An MLP with adapters that is made again has tiles of its own, and without, one of few rows has none
+    assert told("one layer", completion=4096) == "lower per_device_train_batch_size"
+    tiled = {"completion": 4096, "lora_rank": 0}
+    assert told("one layer", **tiled).startswith("set patch(mlp_tiling=True), ")
+    assert told("one layer", **tiled, gradient_checkpointing=False) == "lower per_device_train_batch_size"
+    assert told("one layer", lora_rank=0) == "lower per_device_train_batch_size"
+    assert told("layer inputs", features=without("checkpointing")).startswith("set patch(checkpointing=True), ")
+    assert told("layer inputs") == "lower per_device_train_batch_size"
+    assert told("loss tiles", "scoring") == "lower per_device_train_batch_size"
+    assert told("logits", "scoring", features=without("logprob")).startswith("set patch(logprob=True), ")
+    masked = {"features": without("packing", "attention"), "padded": True}
+    assert told("attention mask", **masked).startswith("set patch(attention=True), ")
+    assert told("KV cache", "rollout") == "lower max_completion_length"
+    assert told("KV cache", "rollout", trainer="online_dpo") == "lower max_new_tokens"
+    assert told("loss tiles", "scoring", trainer="dpo", micro_batch=1) == "lower max_length"
+    assert told("sampling", "rollout", trainer="ppo") == "lower local_rollout_forward_batch_size"
+    assert told("gradients", lora_rank=0) == "train a LoRA adapter (peft_config)"
+    assert told("gradients") == "lower the adapter's rank"
+    assert told("optimizer") == "set optim='adamw_8bit'"
+    assert told("optimizer", optimizer="adamw_8bit") == "lower the adapter's rank"
+
+
+@pytest.mark.parametrize("trainer", ["grpo", "rloo", "dpo", "online_dpo", "ppo"])
+@pytest.mark.parametrize("features", [(), None])
+def test_every_part_with_a_remedy_has_one_sentence(trainer: str, features: Any) -> None:
+    plan = predict(config(), trainer=trainer, features=features, padded=True, beta=0.1)
+    for moment, parts in plan.moments.items():
+        for part in parts.keys() & REMEDIES.keys():
+            said = plan.remedy(moment, part)
+            assert said
+            assert not [word for word in (" or ", " and ", "{") if word in said], said
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from trl_turbo._features import OPT_IN
 from trl_turbo.engine import sizing
 from trl_turbo.kernels.linear_logprob import plan as tiles
 from trl_turbo.memory_plan import sizes as model_sizes
@@ -14,6 +15,7 @@ from trl_turbo.memory_plan.sizes import Sizes
 from trl_turbo.memory_plan.table import BACKWARD, ROLLOUT, SCORING, MemoryPlan
 
 MIB = 1 << 20
+#: Features of `patch()` that change memory.
 FEATURES = (
     "logprob",
     "rollout",
@@ -26,6 +28,8 @@ FEATURES = (
     "checkpointing",
     "mlp_tiling",
 )
+#: Those that `patch()` has on by default.
+DEFAULT_FEATURES = tuple(feature for feature in FEATURES if feature not in OPT_IN)
 TRAINERS = ("grpo", "rloo", "dpo", "online_dpo", "ppo")
 # The four below are estimates, from runs on an H200; in that of benchmarks/results/grpo_1.5b_8x4096.json the plan was
 # 3 % and 4 % below what rollouts and training took. `benchmarks.plan` measures how far off they are elsewhere.
@@ -75,7 +79,7 @@ class Settings:
     eager: bool = False
     optimizer: str = "adamw_torch"
     reference: int = 0
-    features: tuple[str, ...] = FEATURES
+    features: tuple[str, ...] = DEFAULT_FEATURES
     padded: bool = False
     kv_itemsize: int = 2
 
@@ -136,7 +140,7 @@ def predict(
         gradient_checkpointing: As in the trainer's configuration.
         vllm: Whether a vLLM in this process samples; by default where the trainer samples.
         gpu_bytes: Size of the device.
-        features: Features of `patch()` that are on; all by default.
+        features: Features of `patch()` that are on; by default those that `patch()` has on by default.
         optimizer: As in `optim`.
         beta: The KL coefficient; above 0 without an adapter, GRPO and RLOO keep a copy of the model.
         padded: Whether sequences of a micro-batch differ in length.
@@ -149,7 +153,7 @@ def predict(
     """
     if trainer not in TRAINERS:
         raise ValueError(f"there is no plan for the trainer {trainer!r}; name one of {', '.join(TRAINERS)}")
-    chosen = FEATURES if features is None else tuple(features)
+    chosen = DEFAULT_FEATURES if features is None else tuple(features)
     unknown = sorted(set(chosen) - set(FEATURES))
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no feature that changes memory; they are {', '.join(FEATURES)}")
@@ -231,10 +235,10 @@ def make(
     for parts in moments.values():
         parts["fragmentation"] = int(FRAGMENTATION * sum(size for part, size in parts.items() if part in _COMING))
 
-    def again(completion: int) -> MemoryPlan:
-        longer = replace(settings, completion=completion)
+    def again(**changes: Any) -> MemoryPlan:
+        other = replace(settings, **changes)
         left = {part: size for part, size in known.items() if part != "KV cache"}  # which grows with the completion
-        return make(sizes, longer, gpu_bytes=gpu_bytes, context_bytes=context_bytes, known=left)
+        return make(sizes, other, gpu_bytes=gpu_bytes, context_bytes=context_bytes, known=left)
 
     shown = {moment: {part: size for part, size in parts.items() if size} for moment, parts in moments.items()}
     described = {**asdict(settings), "features": list(settings.features)}

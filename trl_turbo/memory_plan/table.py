@@ -11,22 +11,36 @@ GIB = 1 << 30
 ROLLOUT, SCORING, BACKWARD = "rollout", "scoring", "backward"
 #: The phases that are measured, and the moments in them.
 PHASES = {"rollout": (ROLLOUT,), "training": (SCORING, BACKWARD)}
-#: The one setting that makes each part smaller.
+#: Arguments of trainers for the tokens of a completion; `max_completion_length` of the others.
+LENGTHS = {"dpo": "max_length", "online_dpo": "max_new_tokens", "ppo": "response_length"}
+#: What to set for a smaller part. Parts in `FEATURES_FOR` have it where none of their features is left to turn on.
 REMEDIES = {
     "weights": "load the model with load_in_4bit=True",
     "other models": "train a LoRA adapter (peft_config), which needs no copy of the model as its reference",
     "adapters": "lower the adapter's rank",
     "gradients": "train a LoRA adapter (peft_config)",
     "optimizer": "set optim='adamw_8bit'",
-    "KV cache": "lower vllm_max_model_length or max_completion_length",
+    "KV cache": "lower {length}",
     "CUDA graphs": "pass enforce_eager=True to vLLM",
-    "sampling": "lower per_device_train_batch_size",
-    "layer inputs": "leave patch(checkpointing=...) on, which keeps them in host memory",
+    "sampling": "lower {batch}",
+    "layer inputs": "lower {batch}",
     "activations": "set gradient_checkpointing=True",
-    "one layer": "set patch(lora=True, norms=True, mlp_tiling=True), or lower per_device_train_batch_size",
-    "loss tiles": "lower per_device_train_batch_size and raise gradient_accumulation_steps",
-    "logits": "set patch(logprob=True), which never makes them",
-    "attention mask": "lower per_device_train_batch_size to 1, which needs no mask",
+    "one layer": "lower {batch}",
+    "loss tiles": "lower {batch}",
+    "logits": "lower {batch}",
+    "attention mask": "lower {batch}",
+}
+#: Features of `patch()` that make a part smaller, and how; of those that are off, the one that spares most is told.
+FEATURES_FOR = {
+    "layer inputs": {"checkpointing": "keeps them in host memory"},
+    "one layer": {
+        "lora": "keeps each input once",
+        "norms": "keeps no copies in float32",
+        "mlp": "keeps less of its MLP",
+        "mlp_tiling": "runs its MLP some rows at a time",
+    },
+    "logits": {"logprob": "never makes them"},
+    "attention mask": {"attention": "needs none"},
 }
 
 
@@ -45,7 +59,7 @@ class MemoryPlan:
     settings: Mapping[str, Any]
     gpu_bytes: int | None = None
     notes: tuple[str, ...] = ()
-    _again: Callable[[int], MemoryPlan] | None = field(default=None, repr=False, compare=False)
+    _again: Callable[..., MemoryPlan] | None = field(default=None, repr=False, compare=False)
 
     def total(self, moment: str) -> int:
         """Bytes at one moment."""
@@ -80,6 +94,40 @@ class MemoryPlan:
         found = growing or parts
         return moment, max(found, key=found.__getitem__)
 
+    def remedy(self, moment: str, part: str) -> str:
+        """The one setting to change for a smaller part, in words; none that is set so already.
+
+        Args:
+            moment: Of `moments`.
+            part: Of the moment's parts, with an entry in `REMEDIES`.
+        """
+        left = self._spared(moment, part)
+        if left:
+            feature = max(left, key=left.__getitem__)
+            return f"set patch({feature}=True), which {FEATURES_FOR[part][feature]}"
+        said = self.settings
+        if part == "gradients" and any("adapters" in parts for parts in self.moments.values()):
+            return REMEDIES["adapters"]
+        if part == "optimizer" and "8bit" in said["optimizer"]:
+            return self.remedy(moment, "gradients")
+        length = LENGTHS.get(said["trainer"], "max_completion_length")
+        batch = "per_device_train_batch_size" if said["micro_batch"] > 1 else length
+        if part == "sampling" and said["trainer"] == "ppo":
+            batch = "local_rollout_forward_batch_size"
+        return REMEDIES[part].format(length=length, batch=batch)
+
+    def _spared(self, moment: str, part: str) -> dict[str, int]:
+        """Bytes of a part by the feature that is off and would spare them."""
+        if self._again is None:
+            return {}
+        on = tuple(self.settings["features"])
+        found = {}
+        for feature in FEATURES_FOR.get(part, {}):
+            if feature not in on:
+                then = self._again(features=(*on, feature)).moments[moment].get(part, 0)
+                found[feature] = self.moments[moment][part] - then
+        return {feature: size for feature, size in found.items() if size > 0}
+
     def longest_sequence(self, gpu_bytes: int | None = None) -> int:
         """The most completion tokens that fit, all else alike; 0 where not even one does.
 
@@ -94,12 +142,12 @@ class MemoryPlan:
             raise ValueError("the device's size is not known; pass gpu_bytes")
         fits = 0
         step = 1
-        while step <= 1 << 24 and self._again(step).peak_bytes <= limit:
+        while step <= 1 << 24 and self._again(completion=step).peak_bytes <= limit:
             fits, step = step, 2 * step
         low, high = fits, min(step, 1 << 24)
         while high - low > 1:
             middle = (low + high) // 2
-            if self._again(middle).peak_bytes <= limit:
+            if self._again(completion=middle).peak_bytes <= limit:
                 low = middle
             else:
                 high = middle

@@ -11,7 +11,7 @@ from torch import nn
 from trl_turbo.engine.sizing import PROMPT_GUESS
 from trl_turbo.memory_plan import sizes as model_sizes
 from trl_turbo.memory_plan.prediction import CONTEXT_BYTES, FEATURES, Settings, make
-from trl_turbo.memory_plan.table import MemoryPlan
+from trl_turbo.memory_plan.table import LENGTHS, MemoryPlan
 from trl_turbo.report import applied_features
 
 KINDS = {
@@ -42,7 +42,7 @@ def plan(trainer: Any) -> MemoryPlan:
     """
     kind = next((KINDS[scope.__name__] for scope in type(trainer).__mro__ if scope.__name__ in KINDS), None)
     if kind is None:
-        raise TypeError(f"there is no plan for a {type(trainer).__name__}; pass a {', a '.join(KINDS)}")
+        raise TypeError(f"there is no plan for an instance of {type(trainer).__name__}; pass one of {', '.join(KINDS)}")
     if _sharded(trainer):
         raise ValueError("FSDP or DeepSpeed spreads the model over processes; a plan is of one device that has it all")
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -92,8 +92,7 @@ def _settings(trainer: Any, kind: str, sizes: Any, engine: Any) -> Settings:
 def _lengths(trainer: Any, kind: str) -> tuple[int, int]:
     """Completion and prompt tokens, as far as the configuration says."""
     args = trainer.args
-    names = {"dpo": "max_length", "online_dpo": "max_new_tokens", "ppo": "response_length"}
-    completion = getattr(args, names.get(kind, "max_completion_length"), None) or PROMPT_GUESS
+    completion = getattr(args, LENGTHS.get(kind, "max_completion_length"), None) or PROMPT_GUESS
     if kind == "dpo":  # prompt and completion together; a completion is the larger part of what is scored
         prompt = min(getattr(args, "max_prompt_length", None) or completion // 4, completion - 1)
         return completion - prompt, prompt

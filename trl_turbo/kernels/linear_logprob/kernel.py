@@ -118,7 +118,9 @@ def grad_tile(
     if n == 0:
         return
     if grad_entropy is not None and entropy is None:
-        raise ValueError("The gradient of the entropy needs the entropy.")
+        raise ValueError(
+            "grad_entropy was given without the entropy that it is made from; pass entropy as the forward gave it."
+        )
     block = min(max(next_power_of_2(w), 128), _GRAD_BLOCK)
     grad_kernel[(n, ceil_div(w, block))](
         tile,

@@ -115,7 +115,9 @@ def grad_tile(
         grad += grad_logps.unsqueeze(-1) * (is_target.to(dtype) - p)
     if grad_entropy is not None:
         if entropy is None:
-            raise ValueError("The gradient of the entropy needs the entropy.")
+            raise ValueError(
+                "grad_entropy was given without the entropy that it is made from; pass entropy as the forward gave it."
+            )
         surprise = log_p.masked_fill(p == 0, 0.0) + entropy.unsqueeze(-1)
         grad -= grad_entropy.unsqueeze(-1) * p * surprise
     if transform.softcap is not None:

@@ -100,7 +100,10 @@ class Linears:
             raise ValueError("There is no projection to compute; pass at least one.")
         if len({projection.compute for projection in projections}) > 1:
             dtypes = ", ".join(str(projection.compute) for projection in projections)
-            raise ValueError(f"Projections of one input multiply their adapters in one dtype, and these in {dtypes}.")
+            raise ValueError(
+                f"Projections of one input multiply their adapters in one dtype, and these do in {dtypes}; pass "
+                "projections of one compute dtype."
+            )
         self.projections = projections
         self.adapters = tuple(adapter for projection in projections for adapter in projection.adapters)
         self.compute = projections[0].compute
@@ -118,7 +121,8 @@ class Linears:
             if inputs != x.shape[-1] or adapter.lora_B.shape[1] != rank:
                 shapes = f"{list(adapter.lora_A.shape)} and {list(adapter.lora_B.shape)}"
                 raise ValueError(
-                    f"lora_A [r, in] and lora_B [out, r] are {shapes}, which does not fit x {list(x.shape)}."
+                    f"lora_A [r, in] and lora_B [out, r] are {shapes}, which does not fit x {list(x.shape)}; pass "
+                    "adapters of one r whose in is the last size of x."
                 )
 
     def versions(self) -> list[int]:
@@ -210,6 +214,6 @@ def check_unchanged(linears: Linears, then: list[int]) -> None:
     """Raise `RuntimeError` where a weight is not what it was when these `versions` were taken."""
     if linears.versions() != then:
         raise RuntimeError(
-            "A weight of a LoRA layer was changed in place between forward and backward; its gradients would be wrong. "
-            "Run backward before the optimizer's step."
+            "A weight of a LoRA layer was changed in place between forward and backward, whose gradients would be "
+            "wrong; run backward before the optimizer's step."
         )

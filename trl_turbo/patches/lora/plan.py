@@ -147,6 +147,23 @@ def hooked(*modules: nn.Module) -> bool:
     return False
 
 
+def _over(a: Any, b: Any) -> str:
+    """A layer by its sizes: modules do not know their names."""
+    return f"from {a.in_features:,} to {b.out_features:,} features"
+
+
+def _hook(module: nn.Module) -> str:
+    """What makes a module `hooked`, in words."""
+    own = vars(module)
+    if "forward" in own:
+        return "a forward of its own"
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    found = next((hook for kind in kinds for hook in own[kind].values()), None)
+    if found is None:
+        return "the hooks of all modules (torch.nn.modules.module.register_module_*)"
+    return f"the hook {getattr(found, '__qualname__', type(found).__name__)}"
+
+
 def is_lora(module: Any) -> bool:
     """Whether a module is a LoRA layer over a linear, of those whose forward we replace."""
     return any(scope.__name__ in _CLASSES and scope.__module__ in _MODULES for scope in type(module).__mro__)
@@ -168,8 +185,12 @@ def _adapter(layer: Any, name: str, device: torch.device) -> Adapter:
         raise Left(f"adapters made of {type(a).__name__} run PEFT's own forward")
     if type(dropout) not in (nn.Identity, nn.Dropout):
         raise Left(f"{type(dropout).__name__} before an adapter runs PEFT's own forward")
-    if hooked(a, b, dropout):
-        raise Left("layers with hooks on their adapter run PEFT's own forward")
+    for part, module in (("lora_A", a), ("lora_B", b), ("lora_dropout", dropout)):
+        if hooked(module):
+            raise Left(
+                f"layers with hooks on their adapter run PEFT's own forward: {part} of {name!r} {_over(a, b)} has "
+                f"{_hook(module)}; remove it, or put it on the whole layer"
+            )
     _reachable(a.weight, b.weight, device=device)
     share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     return Adapter(a.weight, b.weight, float(layer.scaling[name]), share)
@@ -185,7 +206,9 @@ def _base(
         raise Left("weights that ZeRO-3 gathers for a linear's own call run PEFT's own forward")
     if hooked(module):
         raise Left(
-            "layers with hooks on their base, or a base that was moved to another device, run PEFT's own forward"
+            "layers with hooks on their base, or a base that was moved to another device, run PEFT's own forward: "
+            f"the one {_over(module, module)} has {_hook(module)}; remove it, put it on the whole layer, or load the "
+            "model onto one device"
         )
     weight, bias = module.weight, module.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):

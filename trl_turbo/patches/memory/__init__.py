@@ -37,6 +37,7 @@ def turbo_patches(env: Env) -> list[Patch]:
     patches = []
     for name, (module, trainer, sampling) in TRAINERS.items():
         if name != "ppo" or unmet((WITHOUT_PPO,), env.versions) is not None:
-            summary = f"{trainer} says what it took, and running out of memory says why and leaves a checkpoint"
-            patches.append(_patch(name, module, "steps", summary, trainer, sampling))
+            part, left = ("ppo", "") if name == "ppo" else ("steps", " and leaves a checkpoint")
+            summary = f"{trainer} says what it took, and running out of memory says why{left}"
+            patches.append(_patch(name, module, part, summary, trainer, sampling))
     return patches

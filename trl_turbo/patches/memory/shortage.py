@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trl_turbo.memory_plan.table import REMEDIES, MemoryPlan
+from trl_turbo.memory_plan.table import MemoryPlan
 from trl_turbo.memory_plan.trainer import planned
 from trl_turbo.patches.memory.resumable import Point, left_behind
 
@@ -52,5 +52,5 @@ def _overflowed(plan: MemoryPlan, phase: str) -> str:
     room = f" of the device's {plan.gpu_bytes / GIB:.1f} GiB" if plan.gpu_bytes is not None else ""
     return (
         f"In {moment}, {part} would take {size / GIB:.2f} of {total / GIB:.2f} GiB planned{room}; "
-        f"what to change: {REMEDIES[part]}."
+        f"what to change: {plan.remedy(moment, part)}."
     )

@@ -10,6 +10,8 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -22,10 +24,36 @@ from trl_turbo.patches.memory.resumable import Point
 from trl_turbo.patching import Replacement
 from trl_turbo.report import current_peaks, note
 
-#: Where a trainer keeps the point to which it can be taken back, the phase that it is in, and when its run began.
-POINT, PHASE, SINCE = KEPT = ("_trl_turbo_point", "_trl_turbo_phase", "_trl_turbo_since")
+#: Where a trainer keeps the point to which it can be taken back, the phase that it is in, when its run began, and
+#: whether torch's cache may still hold what a rollout took.
+POINT, PHASE, SINCE, SAMPLED = KEPT = tuple(f"_trl_turbo_{name}" for name in ("point", "phase", "since", "sampled"))
 #: By which a file's time may be behind the clock.
 FILE_TIME_S = 2
+
+_TRAINS: ContextVar[Any] = ContextVar("trl_turbo_memory_trains", default=None)
+
+
+def training() -> Any:
+    """The trainer that trains now, or `None`."""
+    return _TRAINS.get()
+
+
+@contextmanager
+def rollout(trainer: Any) -> Iterator[None]:
+    """While open, a trainer samples; measured where it ends, so close it before a cache is given up.
+
+    Args:
+        trainer: The trainer; nothing happens for `None`.
+    """
+    if trainer is None:
+        yield
+        return
+    vars(trainer)[PHASE] = "rollout"
+    yield
+    # Where it raised, it is the phase that it raised in
+    vars(trainer)[PHASE] = "training"
+    vars(trainer)[SAMPLED] = True
+    measure(trainer, "rollout")
 
 
 def probe(module: ModuleType, trainer_name: str, sampling: tuple[str, ...]) -> str | None:
@@ -44,15 +72,16 @@ def probe(module: ModuleType, trainer_name: str, sampling: tuple[str, ...]) -> s
 def build(module: ModuleType, trainer_name: str, sampling: tuple[str, ...]) -> Iterator[Replacement]:
     """The training loop, its step, and what samples within it."""
     trainer = getattr(module, trainer_name)
-    yield Replacement(trainer, "train", _train)
-    if trainer_name != "PPOTrainer":  # whose loop has no step of its own
-        yield Replacement(trainer, "training_step", _training_step)
+    yield Replacement(trainer, "train", make_train)
+    yield Replacement(trainer, "training_step", _training_step)
     for name in sampling:
         if inspect.isfunction(inspect.getattr_static(trainer, name)):
             yield Replacement(trainer, name, _sampled)
 
 
-def _train(original: Callable[..., Any]) -> Callable[..., Any]:
+def make_train(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a training: it is planned first, and running out of memory says why."""
+
     @functools.wraps(original)
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         found, reason = planned(self)
@@ -65,6 +94,7 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
             vars(self).pop(name, None)
         if not (args or kwargs.get("resume_from_checkpoint")):  # else what is there is this run's
             vars(self)[SINCE] = time.time() - FILE_TIME_S
+        token = _TRAINS.set(self)
         try:
             return original(self, *args, **kwargs)
         except torch.OutOfMemoryError as error:
@@ -73,6 +103,7 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
             # Outside of a step, the optimizer's included: what is in memory may be half of an update
             raise shortage.told(self, error, _phase(self), None, _since(self)) from error
         finally:
+            _TRAINS.reset(token)
             for name in KEPT:
                 vars(self).pop(name, None)
 
@@ -92,7 +123,7 @@ def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
             if shortage.is_told(error) or getattr(self.args, "auto_find_batch_size", False):
                 raise
             raise shortage.told(self, error, _phase(self), point, _since(self)) from error
-        _measure(self, "training")
+        measure(self, "training")
         return result
 
     return training_step
@@ -101,12 +132,8 @@ def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
 def _sampled(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sampled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        vars(self)[PHASE] = "rollout"
-        result = original(self, *args, **kwargs)
-        # Where it raised, it is the phase that it raised in
-        vars(self)[PHASE] = "training"
-        _measure(self, "rollout")
-        return result
+        with rollout(self):
+            return original(self, *args, **kwargs)
 
     return sampled
 
@@ -119,7 +146,8 @@ def _since(trainer: Any) -> float:
     return vars(trainer).get(SINCE, 0.0)
 
 
-def _measure(trainer: Any, phase: str) -> None:
+def measure(trainer: Any, phase: str) -> None:
+    """Keep what the driver has in use now as what a phase took, if it is the most so far."""
     peaks = current_peaks()
     device = trainer.accelerator.device
     if peaks is not None and device.type == "cuda":

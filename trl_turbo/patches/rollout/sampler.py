@@ -15,6 +15,7 @@ import torch
 from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.serving import alone
 from trl_turbo.engine.together import agreed
+from trl_turbo.patches.memory import steps
 from trl_turbo.patches.rollout.release import refresh, shared_llm
 from trl_turbo.report import note
 
@@ -116,7 +117,8 @@ def sample(generation: Any, input_ids: torch.Tensor, attention_mask: torch.Tenso
     refresh(generation)
     prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
     try:
-        sampled = generation.generate(prompts, None, 1)[1]
+        with steps.rollout(steps.training()):
+            sampled = generation.generate(prompts, None, 1)[1]
     finally:
         shared_llm(generation).release()
     responses = input_ids.new_full((len(sampled), max(map(len, sampled))), pad_token_id)
