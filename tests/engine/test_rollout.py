@@ -163,22 +163,16 @@ def test_control_without_a_push_the_log_probs_part(trainer, patched, monkeypatch
     assert max(metric(trained, GAP)) > 1e-2
 
 
-def test_rloo_and_sleep_mode(trainer, patched, monkeypatch):
-    trained = trainer("RLOO", max_steps=3, vllm_enable_sleep_mode=True)
+@pytest.mark.parametrize(("kind", "reward"), [("RLOO", "reward"), ("OnlineDPO", "objective/scores")])
+def test_the_others_learn_too_and_in_sleep_mode(kind, reward, trainer, patched, monkeypatch):
+    trained = trainer(kind, max_steps=24, learning_rate=1e-2, vllm_enable_sleep_mode=True)
     llm = engine_of(trained)
     assert llm.shared is not None, llm.declined
     no_copies(llm, monkeypatch)
     trained.train()
-    assert len(metric(trained, "reward")) == 3
-
-
-def test_online_dpo(trainer, patched, monkeypatch):
-    trained = trainer("OnlineDPO", max_steps=3, vllm_enable_sleep_mode=True)
-    llm = engine_of(trained)
-    assert llm.shared is not None, llm.declined
-    no_copies(llm, monkeypatch)
-    trained.train()
-    assert trained.state.global_step == 3
+    rewards = metric(trained, reward)
+    assert len(rewards) == 24
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:4]) / 4 + 0.2, rewards
 
 
 def test_what_is_declined_runs_on_trls_own_path_and_says_so(trainer, patched, monkeypatch):

@@ -136,7 +136,10 @@ class TurboLLM(vllm.LLM):
         """Be the engine that the trainee's model has already: one state behind two objects."""
         shared = running.shared
         if shared is None:
-            raise EngineDeclinedError("the engine that the model had was given up")
+            raise EngineDeclinedError(
+                "the model's engine was given up, and the trainer asks for it; load the model again with "
+                "trl_turbo.from_pretrained"
+            )
         reason = declined(trainee.model, kwargs, trainee.accelerator) or running._other_logprobs(kwargs)
         if reason is not None:
             raise EngineDeclinedError(reason)
@@ -304,7 +307,11 @@ class TurboLLM(vllm.LLM):
             RuntimeError: The engine is not shared.
         """
         if self.shared is None:
-            raise RuntimeError(f"this engine shares no weights ({self.declined or 'it was not built by a trainer'})")
+            reason = self.declined or "it was not built by a trainer"
+            raise RuntimeError(
+                f"memory_report() is of an engine that shares the trainer's weights, and this one has its own ({reason}); "
+                "ask only where llm.shared is not None"
+            )
         return self.shared.memory_report()
 
 

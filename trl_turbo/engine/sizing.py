@@ -14,6 +14,8 @@ PROMPT_GUESS = 512
 PROMPT_FLOOR = 8192
 #: TRL's own value: the batch of a prefill, which bounds vLLM's activations.
 MAX_BATCHED_TOKENS = 4096
+#: One captured graph's own memory, and its share of the pool: 100 MiB for four of them over 28 layers (one H200).
+GRAPH_BYTES = 25 << 20
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ def plan(
     adapter: bool = False,
 ) -> Plan:
     """Size an engine.
+
+    Chunked prefill is not among what is set: vLLM has it on for every model that generates, since its v1 engine (its
+    `EngineArgs` take `enable_chunked_prefill=None` for that, read in 0.12, 0.26 and 0.31), and warns where it is turned
+    off. It is what lets a batch of `max_num_batched_tokens` be smaller than one sequence.
 
     Args:
         config: The transformers configuration of the model.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trl_turbo.engine import adapter, options, sizing
+from trl_turbo.engine import adapter, failure, options, sizing
 from trl_turbo.engine.adapter_config import active_adapter
 from trl_turbo.engine.checks import declined
 from trl_turbo.engine.errors import EngineDeclinedError
@@ -19,8 +19,6 @@ from trl_turbo.engine.serving import Trainee
 from trl_turbo.engine.sharing import SharedWeights
 from trl_turbo.engine.sizing import Plan
 from trl_turbo.settings import setting
-
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,23 @@ class Start:
 
     def failure(self, error: Exception) -> str:
         """Say in a sentence that vLLM did not start, and where memory went if it ran out."""
-        if isinstance(error, torch.OutOfMemoryError):
-            return (
-                f"vLLM ran out of memory at start: its KV cache takes {self.plan.kv_bytes / _GIB:.1f} GiB beside "
-                f"{self.weights.nbytes / _GIB:.1f} GiB of shared weights; lower per_device_train_batch_size, "
-                "max_completion_length or vllm_max_model_length"
-            )
-        return f"vLLM did not start on the trainer's weights ({type(error).__name__}: {error})"
+        return failure.sentence(
+            error,
+            self.sizes(),
+            trainer=self.trainee.accelerator is not None,
+            cache_given="kv_cache_memory_bytes" in self.llm_kwargs
+            and "kv_cache_memory_bytes" not in self.plan.llm_kwargs,
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by part, as far as they are known before the engine runs; 0 where vLLM settles a part itself."""
+        graphs = (self.plan.llm_kwargs.get("compilation_config") or {}).get("cudagraph_capture_sizes", ())
+        return {
+            failure.CACHE: self.plan.kv_bytes,
+            failure.WEIGHTS: sum(slot.parameter.nbytes for slot in self.weights.slots.values()),
+            failure.GRAPHS: len(graphs) * sizing.GRAPH_BYTES,
+            failure.ADAPTER: adapter.buffer_bytes(self.trainee.model, self.llm_kwargs, self.weights.dtype.itemsize),
+        }
 
 
 def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
