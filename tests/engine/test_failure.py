@@ -13,8 +13,8 @@ SIZES = {"KV cache": 3 * GIB, "shared weights": 6 * GIB, "CUDA graphs": 25 << 20
 #: As vLLM 0.12, 0.26, 0.27 and 0.31 raise them, their advice cut short.
 TOO_LONG = (
     "To serve at least one request with the model's max seq len (4096), (2.0 GiB KV cache is needed, which is larger "
-    "than the available KV cache memory (1.5 GiB). Based on the available memory, the estimated maximum model length is "
-    "3072. Try increasing `gpu_memory_utilization`."
+    "than the available KV cache memory (1.5 GiB). Based on the available memory, the estimated maximum model length "
+    "is 3072. Try increasing `gpu_memory_utilization`."
 )
 NOTHING_LEFT = (
     "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine."
@@ -44,8 +44,8 @@ WARM_UP = (
 def test_the_largest_parts_come_first_and_the_setting_is_of_the_largest(error):
     said = sentence(error, SIZES, trainer=True)
     assert said == (
-        "vLLM ran out of memory at start, and its largest parts are shared weights 6.0 GiB, KV cache 3.0 GiB, CUDA graphs "
-        "25 MiB; lower per_device_train_batch_size, max_completion_length or vllm_max_model_length"
+        "vLLM ran out of memory at start, and its largest parts are shared weights 6.0 GiB, KV cache 3.0 GiB, CUDA "
+        "graphs 25 MiB; lower per_device_train_batch_size, max_completion_length or vllm_max_model_length"
     )
 
 

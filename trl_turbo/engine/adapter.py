@@ -180,12 +180,13 @@ class ServedAdapter:
         def load(request: Any) -> Any:
             if request.lora_path != _PATH:
                 return from_disk(request)
-            from vllm.lora.lora_model import LoRAModel
             from vllm.lora.lora_weights import LoRALayerWeights
 
             # vLLM looks at the first layer of an adapter, so there must be one; no module has this name
             empty = LoRALayerWeights("trl_turbo", 1, 1, torch.zeros(1, 1), torch.zeros(1, 1))
-            return LoRAModel(request.lora_int_id, manager.lora_config.max_lora_rank, {"trl_turbo": empty})
+            # Its class has been in three modules; the manager knows it
+            make = manager._lora_model_cls
+            return make(request.lora_int_id, manager.lora_config.max_lora_rank, {"trl_turbo": empty})
 
         # On the instance: vLLM reads adapters from a folder and has no way to be given one.
         manager._load_adapter = load

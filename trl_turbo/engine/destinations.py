@@ -130,7 +130,8 @@ def _destination(
     owner = owners.get(storages.pop())
     if owner is None:
         raise EngineDeclinedError(
-            f"vLLM puts {name} into a tensor that is no parameter of its model, so it cannot be the trainer's; {UNTOUCHED}"
+            f"vLLM puts {name} into a tensor that is no parameter of its model, so it cannot be the trainer's; "
+            f"{UNTOUCHED}"
         )
     return Destination(owner, offsets.pop())
 

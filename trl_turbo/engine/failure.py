@@ -57,6 +57,19 @@ def sentence(error: Exception, sizes: Mapping[str, int], *, trainer: bool, cache
     return f"vLLM ran out of memory at start, and its largest parts are {said}; {_LOWER[largest][not trainer]}"
 
 
+def unprepared(error: Exception, version: str) -> str:
+    """Say that what the engine is built from is not as expected in this vLLM.
+
+    Args:
+        error: What was raised.
+        version: vLLM's.
+    """
+    return (
+        f"the engine cannot be built with vLLM {version} ({type(error).__name__}: {error}); install the newest vLLM "
+        "that this TRL supports to share the weights"
+    )
+
+
 def _larger(sizes: Mapping[str, int], trainer: bool, given: bool) -> str:
     if given:
         return "raise kv_cache_memory_bytes or lower max_model_len"

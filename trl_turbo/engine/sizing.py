@@ -117,6 +117,19 @@ def plan(
     return Plan(kwargs, given.get("kv_cache_memory_bytes") or kv, token_bytes, wanted, tuple(notes))
 
 
+def longest(config: Any, plan: Plan, block: int | None = None) -> int:
+    """The longest sequence that a plan's cache holds, up to the model's own limit.
+
+    Args:
+        config: The transformers configuration of the model.
+        plan: Its sizes.
+        block: Tokens of a block; `None` for vLLM's own.
+    """
+    block = block or _BLOCK
+    whole = (plan.kv_bytes // plan.token_bytes // block - 1) * block  # one block is vLLM's own
+    return min(_limit(config.get_text_config()), max(block, whole))
+
+
 def shortfalls(
     work: Work, given: dict[str, Any], *, max_model_len: int, max_num_seqs: int, cached_tokens: int
 ) -> tuple[str, ...]:

@@ -27,8 +27,9 @@ FEATURES = (
     "mlp_tiling",
 )
 TRAINERS = ("grpo", "rloo", "dpo", "online_dpo", "ppo")
-# These and `sizing.GRAPH_BYTES` are estimates, from runs on an H200; in that of benchmarks/results/grpo_1.5b_8x4096.json the plan was
-# 3 % and 4 % below what rollouts and training took. `benchmarks.plan` measures how far off they are elsewhere.
+# These and `sizing.GRAPH_BYTES` are estimates, from runs on an H200; in that of
+# benchmarks/results/grpo_1.5b_8x4096.json the plan was 3 % and 4 % below what rollouts and training took.
+# `benchmarks.plan` measures how far off they are elsewhere.
 #: The CUDA context with the kernels that training loads on first use.
 CONTEXT_BYTES = 820 * MIB
 #: Kernels and buffers that vLLM loads and makes beside weights, cache, graphs and adapter.
