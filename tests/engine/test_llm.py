@@ -37,6 +37,42 @@ def test_trls_calls_of_every_version_are_harmless(tmp_path, turbo, monkeypatch):
         llm.refresh()  # an old prefix must never go unnoticed
 
 
+def test_control_the_stock_call_of_a_sync_brings_the_first_checkpoint_back(tmp_path, turbo, monkeypatch):
+    """What `reload_weights` does where it is let through: to vLLM's own class after a sync, and to a shared engine."""
+    import torch
+    import vllm
+    from vllm.model_executor.layers import utils
+
+    from tests.engine.conftest import shut_down, trl_arguments
+
+    # On processors with AVX-512 vLLM's CPU build packs weights, into which no sync can load
+    linear = torch.nn.functional.linear
+    plain = lambda layer, remove_weight: setattr(layer, "cpu_linear", linear)  # noqa: E731
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", plain)
+    model, _ = saved(tmp_path, "qwen2_tied")
+    first = by_transformers(model)
+    stock = vllm.LLM(
+        **{**trl_arguments(model), "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24}
+    )
+    train(model)
+    trained = by_transformers(model)
+    stock.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(model.named_parameters())
+    stock.reset_prefix_cache()
+    assert by_vllm(stock) == trained != first
+    stock.collective_rpc("reload_weights")
+    stock.reset_prefix_cache()
+    assert by_vllm(stock) == first
+    shut_down(stock)
+    del stock
+
+    llm = turbo(model)
+    assert llm.shared is not None, llm.declined
+    with pytest.raises(AttributeError, match="_construction"):  # our loader has none to reload from
+        vllm.LLM.collective_rpc(llm, "reload_weights")
+    assert llm.collective_rpc("reload_weights") == [None]
+    assert by_vllm(llm) == trained
+
+
 def test_the_cache_is_given_up_once_and_comes_back_before_it_is_used(tmp_path, turbo, monkeypatch):
     import vllm
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import Qwen2Config
 
-from trl_turbo.engine.sizing import Work, plan
+from trl_turbo.engine.sizing import Work, longest, plan
 
 CONFIG = Qwen2Config(
     hidden_size=1536,
@@ -58,6 +58,16 @@ def test_graphs_are_no_larger_than_the_rollout():
     large = plan(CONFIG, Work(1024, 64), {}, itemsize=2, graphs=True).llm_kwargs["compilation_config"]
     assert large["cudagraph_capture_sizes"][-1] == 512
     assert "compilation_config" not in plan(CONFIG, Work(12, 64), {}, itemsize=2).llm_kwargs
+
+
+def test_the_longest_sequence_of_a_cache():
+    made = plan(CONFIG, Work(4, 1000, 24), {"max_model_len": 1024}, itemsize=2)
+    assert 1024 <= longest(CONFIG, made) < 5 * 1024
+    assert longest(CONFIG, made, 128) % 128 == 0
+    large = plan(CONFIG, Work(64, 4096, 4096), {}, itemsize=2)
+    assert longest(CONFIG, large) == 32768  # the model's own limit
+    tight = plan(CONFIG, Work(64, 8192, 512), {}, itemsize=2, free_bytes=1 << 20)
+    assert 8192 + 512 <= longest(CONFIG, tight) < 9000
 
 
 @pytest.mark.parametrize("work", [Work(0, 8), Work(4, 0)])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trl_turbo.engine.adapter_config import active_adapter, adapter_layers
 from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.gather import whole
-from trl_turbo.engine.names import base_model, base_weights
+from trl_turbo.engine.names import Slot, base_model, base_weights
 from trl_turbo.engine.slices import Cut, cuts
 
 #: Ranks that vLLM has buffers for; the next larger one is taken.
@@ -42,16 +42,34 @@ def llm_kwargs(model: Any, spare_rank: int = 0) -> dict[str, Any]:
         return {}
     rank = next((r for r in RANKS if r >= highest), None)
     if rank is None:
-        raise EngineDeclinedError(f"the adapter has rank {highest}, and vLLM serves up to {RANKS[-1]}")
+        raise EngineDeclinedError(
+            f"the adapter has rank {highest} and vLLM serves ranks up to {RANKS[-1]}; lower r to {RANKS[-1]} or less"
+        )
     kwargs: dict[str, Any] = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
     from vllm.engine.arg_utils import EngineArgs
 
     if (
         "lora_target_modules" in EngineArgs.__dataclass_fields__
     ):  # older ones wrap every linear, embeddings and the head
-        targets = _linears(model) if spare_rank else layers
-        kwargs["lora_target_modules"] = sorted({layer.rpartition(".")[2] for layer in targets})
+        leaves = map(_leaf, _linears(model)) if spare_rank else (layer.rpartition(".")[2] for layer in layers)
+        kwargs["lora_target_modules"] = sorted(set(leaves))
     return kwargs
+
+
+def buffer_bytes(model: Any, llm_kwargs: Mapping[str, Any], itemsize: int) -> int:
+    """About how much vLLM's adapter buffers take, in one slot.
+
+    Args:
+        model: A transformers model, wrapped by PEFT or not.
+        llm_kwargs: What `LLM` is started with.
+        itemsize: Bytes of one element.
+    """
+    rank = llm_kwargs.get("max_lora_rank")
+    if not llm_kwargs.get("enable_lora") or not rank:
+        return 0
+    leaves = llm_kwargs.get("lora_target_modules")
+    linears = [s.module for s in _linears(model) if leaves is None or _leaf(s) in leaves]
+    return rank * itemsize * sum(int(linear.in_features + linear.out_features) for linear in linears)
 
 
 def _ranks(layers: Mapping[str, Any], name: str | None) -> list[int]:
@@ -59,11 +77,15 @@ def _ranks(layers: Mapping[str, Any], name: str | None) -> list[int]:
     return [int(layer.r[name]) for layer in layers.values()]
 
 
-def _linears(model: Any) -> list[str]:
+def _linears(model: Any) -> list[Slot]:
     """The linears on which an adapter can be served: all but the head."""
     head = base_model(model).get_output_embeddings()
     slots = base_weights(model).values()
-    return [s.name.rpartition(".")[0] for s in slots if isinstance(s.module, nn.Linear) and s.module is not head]
+    return [s for s in slots if isinstance(s.module, nn.Linear) and s.leaf == "weight" and s.module is not head]
+
+
+def _leaf(slot: Slot) -> str:
+    return slot.name.split(".")[-2]
 
 
 @dataclass(frozen=True)
@@ -158,12 +180,13 @@ class ServedAdapter:
         def load(request: Any) -> Any:
             if request.lora_path != _PATH:
                 return from_disk(request)
-            from vllm.lora.lora_model import LoRAModel
             from vllm.lora.lora_weights import LoRALayerWeights
 
             # vLLM looks at the first layer of an adapter, so there must be one; no module has this name
             empty = LoRALayerWeights("trl_turbo", 1, 1, torch.zeros(1, 1), torch.zeros(1, 1))
-            return LoRAModel(request.lora_int_id, manager.lora_config.max_lora_rank, {"trl_turbo": empty})
+            # Its class has been in three modules; the manager knows it
+            make = manager._lora_model_cls
+            return make(request.lora_int_id, manager.lora_config.max_lora_rank, {"trl_turbo": empty})
 
         # On the instance: vLLM reads adapters from a folder and has no way to be given one.
         manager._load_adapter = load

@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_turbo.engine.errors import EngineDeclinedError
 
+#: What a user should know where vLLM's own code does not fit; which path runs instead is said by who takes it.
+UNTOUCHED = "nothing was changed, and training is as right without sharing"
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -90,12 +93,12 @@ def trace(vllm_model: nn.Module, shapes: Mapping[str, Shape]) -> dict[str, Desti
     except Exception as error:
         raise EngineDeclinedError(
             f"vLLM's loader for {type(vllm_model).__name__} cannot be followed without values "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {error}); {UNTOUCHED}"
         ) from error
     if None in recorder.copies:
         raise EngineDeclinedError(
             f"vLLM's loader for {type(vllm_model).__name__} computes {len(recorder.copies[None])} of its weights from "
-            "the checkpoint's, so they cannot be the same tensors"
+            f"the checkpoint's, so they cannot be the same tensors; {UNTOUCHED}"
         )
     owners = {p.data.untyped_storage()._cdata: name for name, p in vllm_model.named_parameters()}
     return {name: _destination(name, shape, recorder.copies.get(name, []), owners) for name, shape in shapes.items()}
@@ -106,7 +109,10 @@ def _destination(
 ) -> Destination:
     covered = sum(source.numel() for _, source in copies)
     if covered != shape.dims.numel():
-        raise EngineDeclinedError(f"vLLM takes {covered} of the {shape.dims.numel()} elements of {name}")
+        raise EngineDeclinedError(
+            f"vLLM takes {covered} of the {shape.dims.numel()} elements of {name}, so it cannot read the trainer's "
+            f"tensor; {UNTOUCHED}"
+        )
     storages = {into.untyped_storage()._cdata for into, _ in copies}
     # Where a copy starts, minus where its source does: the same for all copies of a tensor that stays in one piece
     offsets = {int(into.storage_offset()) - int(source.storage_offset()) for into, source in copies}
@@ -114,7 +120,7 @@ def _destination(
     if len(storages) != 1 or len(offsets) != 1 or reordered:
         raise EngineDeclinedError(
             f"vLLM keeps {name} in another layout, {len(copies)} pieces in {len(storages)} tensors, as its backend "
-            "for mixtures of experts or quantised weights does"
+            f"for mixtures of experts or quantised weights does; {UNTOUCHED}"
         )
     into = copies[0][0]
     if into.dtype != shape.dtype:
@@ -123,7 +129,10 @@ def _destination(
         )
     owner = owners.get(storages.pop())
     if owner is None:
-        raise EngineDeclinedError(f"vLLM puts {name} into a tensor that is no parameter of its model")
+        raise EngineDeclinedError(
+            f"vLLM puts {name} into a tensor that is no parameter of its model, so it cannot be the trainer's; "
+            f"{UNTOUCHED}"
+        )
     return Destination(owner, offsets.pop())
 
 

@@ -35,7 +35,9 @@ def llm_kwargs(names: Iterable[str], given: Mapping[str, Any]) -> dict[str, Any]
     """
     overrides = given.get("hf_overrides") or {}
     if not isinstance(overrides, Mapping):
-        raise EngineDeclinedError("hf_overrides is a function, and the engine of a 4-bit model must add to it")
+        raise EngineDeclinedError(
+            f"hf_overrides is a {type(overrides).__name__}, and the engine of a 4-bit model must add to it; pass a dict"
+        )
     # In the model's configuration, since its hash is the key of vLLM's compilation cache: models that differ in which
     # layers are left in 16 bits compile to different graphs.
     layout = {"quant_method": NAME, "four_bit": sorted(names)}

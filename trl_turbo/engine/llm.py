@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import vllm
 
-from trl_turbo.engine import served
+from trl_turbo.engine import failure, served
 from trl_turbo.engine.adapter_config import active_adapter
 from trl_turbo.engine.checks import declined, parallelism, unservable
 from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
@@ -68,6 +68,10 @@ class TurboLLM(vllm.LLM):
         except EngineDeclinedError as error:
             logger.debug("the engine is declined", exc_info=True)
             self.declined = str(error)
+        except ImportError as error:
+            # Every rank has the same vLLM, so all of them are here
+            logger.debug("the engine is declined", exc_info=True)
+            self.declined = failure.unprepared(error, vllm.__version__)
         if self.declined:
             # Outside the handler: its traceback holds the engine that was given up, and that one's memory
             self._give_up()
@@ -79,7 +83,12 @@ class TurboLLM(vllm.LLM):
     # -- start -------------------------------------------------------------------------------------------------------
 
     def _start(self, trainee: Trainee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        start = prepare(trainee, kwargs)
+        try:
+            start = prepare(trainee, kwargs)
+        except EngineDeclinedError:
+            raise
+        except Exception as error:
+            raise EngineDeclinedError(failure.unprepared(error, vllm.__version__)) from error
         # vLLM's engine core must live in this process to see the trainer's tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
@@ -89,7 +98,10 @@ class TurboLLM(vllm.LLM):
         except EngineDeclinedError:
             raise
         except Exception as error:
-            raise EngineDeclinedError(start.failure(error)) from error
+            said = (
+                failure.unprepared(error, vllm.__version__) if isinstance(error, ImportError) else start.failure(error)
+            )
+            raise EngineDeclinedError(said) from error
 
     def _finish(self, start: Start) -> None:
         if not len(start.weights):
@@ -139,7 +151,10 @@ class TurboLLM(vllm.LLM):
         """Be the engine that the trainee's model has already: one state behind two objects."""
         shared = running.shared
         if shared is None:
-            raise EngineDeclinedError("the engine that the model had was given up")
+            raise EngineDeclinedError(
+                "the model's engine was given up, and the trainer asks for it; load the model again with "
+                "trl_turbo.from_pretrained"
+            )
         reason = declined(trainee.model, kwargs, trainee.accelerator) or running._other_logprobs(kwargs)
         if reason is not None:
             raise EngineDeclinedError(reason)
@@ -210,7 +225,10 @@ class TurboLLM(vllm.LLM):
         self._reset()
 
     def _reset(self) -> None:
-        if not super().reset_prefix_cache():
+        dropped = super().reset_prefix_cache()
+        if dropped is None:  # vLLM up to 0.11 tells only inside
+            dropped = self.llm_engine.engine_core.engine_core.scheduler.reset_prefix_cache()
+        if not dropped:
             raise RuntimeError(
                 "vLLM kept its prefix cache because requests are still running, so the next rollout would mix old and "
                 "new weights; let generate() return before the next optimizer step"
@@ -310,7 +328,11 @@ class TurboLLM(vllm.LLM):
             RuntimeError: The engine is not shared.
         """
         if self.shared is None:
-            raise RuntimeError(f"this engine shares no weights ({self.declined or 'it was not built by a trainer'})")
+            reason = self.declined or "it was not built by a trainer"
+            raise RuntimeError(
+                f"memory_report() is of an engine that shares the trainer's weights, and this one has its own "
+                f"({reason}); ask only where llm.shared is not None"
+            )
         return self.shared.memory_report()
 
 

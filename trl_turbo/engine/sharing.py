@@ -79,7 +79,10 @@ class SharedWeights:
             EngineDeclinedError: The two cannot share every tensor; the trainer's model is unchanged then.
         """
         if self._pairs:
-            raise EngineDeclinedError("the weights are shared with one vLLM already, and this is a second one")
+            raise EngineDeclinedError(
+                "the weights are shared with one vLLM already and a second one asks for them; load the model a second "
+                "time for a second engine"
+            )
         shapes = self._shapes()
         destinations = trace(vllm_model, shapes)
         four_bit.keep_layout(self._slots.values())

@@ -14,6 +14,8 @@ PROMPT_GUESS = 512
 PROMPT_FLOOR = 8192
 #: TRL's own value: the batch of a prefill, which bounds vLLM's activations.
 MAX_BATCHED_TOKENS = 4096
+#: One captured graph's own memory, and its share of the pool: 100 MiB for four of them over 28 layers (one H200).
+GRAPH_BYTES = 25 << 20
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ def plan(
 ) -> Plan:
     """Size an engine.
 
+    Chunked prefill is not among what is set: vLLM has it on for every model that generates, since its v1 engine (its
+    `EngineArgs` take `enable_chunked_prefill=None` for that, read in 0.12, 0.26 and 0.31), and warns where it is turned
+    off. It is what lets a batch of `max_num_batched_tokens` be smaller than one sequence.
+
     Args:
         config: The transformers configuration of the model.
         work: The rollout.
@@ -109,6 +115,19 @@ def plan(
         chosen["compilation_config"] = _graphs(sequences, adapter)
     kwargs = {name: value for name, value in chosen.items() if given.get(name) is None}
     return Plan(kwargs, given.get("kv_cache_memory_bytes") or kv, token_bytes, wanted, tuple(notes))
+
+
+def longest(config: Any, plan: Plan, block: int | None = None) -> int:
+    """The longest sequence that a plan's cache holds, up to the model's own limit.
+
+    Args:
+        config: The transformers configuration of the model.
+        plan: Its sizes.
+        block: Tokens of a block; `None` for vLLM's own.
+    """
+    block = block or _BLOCK
+    whole = (plan.kv_bytes // plan.token_bytes // block - 1) * block  # one block is vLLM's own
+    return min(_limit(config.get_text_config()), max(block, whole))
 
 
 def shortfalls(

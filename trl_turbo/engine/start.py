@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trl_turbo.engine import adapter, options, sizing
+from trl_turbo.engine import abilities, adapter, failure, options, sizing
 from trl_turbo.engine.adapter_config import active_adapter
 from trl_turbo.engine.checks import declined
 from trl_turbo.engine.errors import EngineDeclinedError
@@ -19,8 +19,6 @@ from trl_turbo.engine.serving import Trainee
 from trl_turbo.engine.sharing import SharedWeights
 from trl_turbo.engine.sizing import Plan
 from trl_turbo.settings import setting
-
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Start:
         quantised: Whether weights of the base are in 4 bits.
         can_release: Whether the KV cache can be given up between rollouts.
         way: How an adapter is used, and why, in a sentence.
+        slower: What this vLLM lacks, in a sentence; empty where it has all.
     """
 
     trainee: Trainee
@@ -44,6 +43,7 @@ class Start:
     quantised: bool
     can_release: bool
     way: str = ""
+    slower: str = ""
 
     def notes(self, gap: float) -> tuple[str, ...]:
         """What the user should know, in sentences.
@@ -52,7 +52,7 @@ class Start:
             gap: Mean difference of a token's log-prob between vLLM and the trainer's model, as measured at start-up.
         """
         cache = options.cache_note(self.llm_kwargs.get("kv_cache_dtype"), self.llm_kwargs["dtype"], gap)
-        return tuple(sentence for sentence in (*self.plan.notes, self.way, cache) if sentence)
+        return tuple(sentence for sentence in (*self.plan.notes, self.way, cache, self.slower) if sentence)
 
     @property
     def suspicion(self) -> str:
@@ -70,13 +70,23 @@ class Start:
 
     def failure(self, error: Exception) -> str:
         """Say in a sentence that vLLM did not start, and where memory went if it ran out."""
-        if isinstance(error, torch.OutOfMemoryError):
-            return (
-                f"vLLM ran out of memory at start: its KV cache takes {self.plan.kv_bytes / _GIB:.1f} GiB beside "
-                f"{self.weights.nbytes / _GIB:.1f} GiB of shared weights; lower per_device_train_batch_size, "
-                "max_completion_length or vllm_max_model_length"
-            )
-        return f"vLLM did not start on the trainer's weights ({type(error).__name__}: {error})"
+        return failure.sentence(
+            error,
+            self.sizes(),
+            trainer=self.trainee.accelerator is not None,
+            cache_given="kv_cache_memory_bytes" in self.llm_kwargs
+            and "kv_cache_memory_bytes" not in self.plan.llm_kwargs,
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by part, as far as they are known before the engine runs; 0 where vLLM settles a part itself."""
+        graphs = (self.plan.llm_kwargs.get("compilation_config") or {}).get("cudagraph_capture_sizes", ())
+        return {
+            failure.CACHE: self.plan.kv_bytes,
+            failure.WEIGHTS: sum(slot.parameter.nbytes for slot in self.weights.slots.values()),
+            failure.GRAPHS: len(graphs) * sizing.GRAPH_BYTES,
+            failure.ADAPTER: adapter.buffer_bytes(self.trainee.model, self.llm_kwargs, self.weights.dtype.itemsize),
+        }
 
 
 def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
@@ -133,8 +143,22 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         # vLLM has no sleep mode on a CPU and refuses to start with it; ours gives up nothing there. Compiling would
         # take longer than the rollouts that a CPU is used for.
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
-    kwargs |= _bursts(kwargs, on_gpu)
-    return Start(trainee, kwargs, weights, sizes, bool(packed), kwargs["enable_sleep_mode"], way)
+    if kwargs.get("max_model_len") == -1 and not abilities.fits_length():
+        kwargs |= {"max_model_len": _longest(kwargs, base_model(trainee.model).config, sizes, on_gpu)}
+    if "compilation_config" in sizes.llm_kwargs:
+        kwargs["compilation_config"] = abilities.compilation(kwargs["compilation_config"])
+    bursts, slower = _bursts(kwargs, on_gpu)
+    return Start(
+        trainee, kwargs | bursts, weights, sizes, bool(packed), kwargs["enable_sleep_mode"], way=way, slower=slower
+    )
+
+
+def _longest(kwargs: dict[str, Any], config: Any, sizes: Plan, on_gpu: bool) -> int | None:
+    """The longest sequence that the cache holds, for a vLLM that does not find it; `None` for the model's own limit."""
+    # A CPU's cache is sized by VLLM_CPU_KVCACHE_SPACE there, whatever it is told
+    if not on_gpu or not sizes.kv_bytes:
+        return None
+    return sizing.longest(config, sizes, kwargs.get("block_size"))
 
 
 def vllm_device() -> torch.device:
@@ -154,20 +178,30 @@ def _on_gpu(kwargs: dict[str, Any], free: int, total: int) -> dict[str, Any]:
     return {"enable_sleep_mode": can_sleep, "gpu_memory_utilization": share}
 
 
-def _bursts(kwargs: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
-    """Our worker, and the scheduler of bursts unless something in the script's settings is not made for it."""
+def _bursts(kwargs: dict[str, Any], on_gpu: bool) -> tuple[dict[str, Any], str]:
+    """Our worker, and the scheduler of bursts unless something in the script's settings is not made for it.
+
+    Returns:
+        Arguments for `vllm.LLM`, and what is slower because this vLLM lacks something, in a sentence.
+    """
     if on_gpu:
         from trl_turbo.engine.worker import QUALNAME
     else:
         from trl_turbo.engine.cpu_worker import QUALNAME
     chosen: dict[str, Any] = {"worker_cls": QUALNAME}
     if setting("rollout_burst") == "off" or kwargs.get("speculative_config"):
-        return chosen
+        return chosen, ""
     if kwargs.get("scheduler_cls") or (on_gpu and kwargs.get("async_scheduling") is False):
-        return chosen
+        return chosen, ""
+    reason = abilities.unburstable()
+    if reason is not None:
+        return chosen, (
+            "every token is scheduled by itself, which is slower on a GPU, because bursts of tokens need a later vLLM: "
+            f"{reason}"
+        )
     from trl_turbo.engine.burst import AsyncBurstScheduler, BurstScheduler
 
     # Which one vLLM would take: it schedules ahead on a GPU, and on a CPU it cannot
     chosen["scheduler_cls"] = AsyncBurstScheduler if on_gpu else BurstScheduler
     chosen["async_scheduling"] = on_gpu
-    return chosen
+    return chosen, ""

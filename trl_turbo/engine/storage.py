@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_turbo.engine.destinations import Destination
+from trl_turbo.engine.destinations import UNTOUCHED, Destination
 from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.names import Slot
 
@@ -99,7 +99,7 @@ def _owners(
     bare = sorted(n for n, p in parameters.items() if n not in groups and p.dim() >= 2)
     if bare:
         raise EngineDeclinedError(
-            f"vLLM's {bare[0]} takes no weight of the model ({len(bare)} such), as in derived copies"
+            f"vLLM's {bare[0]} takes no weight of the model ({len(bare)} such), as in derived copies; {UNTOUCHED}"
         )
     return {owner: parameters[owner] for owner in groups}, groups
 

@@ -11,7 +11,6 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from trl_turbo.engine.burst import Executes
-from trl_turbo.engine.lean import LeanSteps, unfit
 from trl_turbo.engine.together import StartsTogether
 from trl_turbo.report import note
 
@@ -36,12 +35,21 @@ class SharedWorker(StartsTogether, Executes, Worker):
         """Settled at the first burst, when the graphs are there."""
         if not self._lean_asked:
             self._lean_asked = True
-            reason = unfit(self.model_runner)
-            if reason is None:
-                self._lean = LeanSteps(self.model_runner)
-            else:
+            reason = self._take_lean_steps()
+            if reason is not None:
                 note("rollout", f"every token is prepared anew, which is slower: {reason}")
         return self._lean
+
+    def _take_lean_steps(self) -> str | None:
+        """Take them, or say why not."""
+        try:  # from vLLM 0.13 on
+            from trl_turbo.engine.lean import LeanSteps, unfit
+        except ImportError as error:
+            return str(error)
+        reason = unfit(self.model_runner)
+        if reason is None:
+            self._lean = LeanSteps(self.model_runner)
+        return reason
 
     def init_device(self) -> None:
         """As vLLM's; graphs go into a pool of this engine's own.
@@ -77,9 +85,10 @@ class SharedWorker(StartsTogether, Executes, Worker):
         """
         torch.cuda.synchronize()
         for data in CuMemAllocator.get_instance().pointer_to_data.values():
-            if not data.is_asleep:
+            if not getattr(data, "is_asleep", False):
                 unmap_and_release(data.handle)
-                data.is_asleep = True
+                if hasattr(data, "is_asleep"):  # from 0.26 on; without it `wake_up` maps all
+                    data.is_asleep = True
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[object]:
         if tag == "weights":

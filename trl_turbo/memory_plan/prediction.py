@@ -31,14 +31,13 @@ FEATURES = (
 #: Those that `patch()` has on by default.
 DEFAULT_FEATURES = tuple(feature for feature in FEATURES if feature not in OPT_IN)
 TRAINERS = ("grpo", "rloo", "dpo", "online_dpo", "ppo")
-# The four below are estimates, from runs on an H200; in that of benchmarks/results/grpo_1.5b_8x4096.json the plan was
-# 3 % and 4 % below what rollouts and training took. `benchmarks.plan` measures how far off they are elsewhere.
+# These and `sizing.GRAPH_BYTES` are estimates, from runs on an H200; in that of
+# benchmarks/results/grpo_1.5b_8x4096.json the plan was 3 % and 4 % below what rollouts and training took.
+# `benchmarks.plan` measures how far off they are elsewhere.
 #: The CUDA context with the kernels that training loads on first use.
 CONTEXT_BYTES = 820 * MIB
 #: Kernels and buffers that vLLM loads and makes beside weights, cache, graphs and adapter.
 ENGINE_BYTES = 700 * MIB
-#: One captured graph's own memory, and its share of the pool: 100 MiB for four of them over 28 layers.
-GRAPH_BYTES = 25 * MIB
 #: Share of what comes and goes that torch's allocator holds on top, in blocks that nothing fits into.
 FRAGMENTATION = 0.12
 #: cuBLAS's workspaces, 32 MiB each on Hopper: forward and backward run in a thread each, with a handle of its own.
@@ -275,7 +274,7 @@ def _engine(sizes: Sizes, settings: Settings) -> dict[str, int]:
     found = {
         "KV cache": plan.kv_bytes,
         "engine": ENGINE_BYTES,
-        "CUDA graphs": len(graphs) * GRAPH_BYTES,
+        "CUDA graphs": len(graphs) * sizing.GRAPH_BYTES,
         "engine's weights": copies,
         "engine's adapter": buffers,
     }
