@@ -32,8 +32,8 @@ FEATURES = (
     "mlp_tiling",
     "memory",
 )
-#: Mean difference of a sampled token's log-prob between vLLM and the trainer from which on the weights are not the same,
-#: unless the run has measured that rounding explains more in its model (`trl_turbo.engine.parity.explained`).
+#: Mean difference of a sampled token's log-prob between vLLM and the trainer from which on the weights are not the
+#: same, unless the run has measured that rounding explains more in its model (`trl_turbo.engine.parity.explained`).
 LARGEST_GAP = 0.05
 # The last line of a traceback, behind a rank's name where a launcher puts that
 _ERROR = re.compile(r"(\[rank\d+\]: *)?[\w.]*(Error|Exception|Exit|Interrupt)\b")

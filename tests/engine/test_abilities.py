@@ -93,8 +93,6 @@ def test_what_cannot_be_built_leaves_the_script_its_own_way(
 ):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    import trl_turbo.engine.adapter  # noqa: F401 -- and vLLM's own modules are there already
-    import trl_turbo.engine.start  # noqa: F401
 
     hidden(missing, anew=anew)
     trained = make_trainer("GRPO", tmp_path, max_steps=1, use_vllm=False, peft_config=config)

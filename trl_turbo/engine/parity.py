@@ -17,11 +17,11 @@ import torch
 #: with a LoRA adapter left out. In fp32, whose only user is a CPU: 0.002, since vLLM's attention there takes a fast
 #: exponential.
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.1}
-#: Rounding grows with the size of the logits and with depth (seen in bf16 on one H200 with random weights: 0.017 at 1.5B,
-#: 0.05 at 8B and, in 4 bits, 0.11). Where it exceeds the above, it may be so many times what the model's own log-probs
-#: move by when each module's output is off by as much as rounding it may be: two implementations round in other places,
-#: and in more of them than there are modules. (In bf16 on a CPU, 4 to 24 layers: from a model in float32 to
-#: itself in bf16 it is 0.4 to 0.5 of that, and from sdpa's attention to the eager one 0.4 to 0.6.)
+#: Rounding grows with the size of the logits and with depth (seen in bf16 on one H200 with random weights: 0.017 at
+#: 1.5B, 0.05 at 8B and, in 4 bits, 0.11). Where it exceeds the above, it may be so many times what the model's own
+#: log-probs move by when each module's output is off by as much as rounding it may be: two implementations round in
+#: other places, and in more of them than there are modules. (In bf16 on a CPU, 4 to 24 layers: from a model in float32
+#: to itself in bf16 it is 0.4 to 0.5 of that, and from sdpa's attention to the eager one 0.4 to 0.6.)
 MOVED = 4
 #: No rounding explains more; an adapter left out comes to 0.9.
 LARGEST = 0.5
