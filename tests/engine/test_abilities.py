@@ -25,7 +25,8 @@ def hidden(monkeypatch):
         for name in anew:
             monkeypatch.delitem(sys.modules, name, raising=False)
             parent, _, leaf = name.rpartition(".")
-            monkeypatch.delattr(sys.modules[parent], leaf, raising=False)
+            if parent in sys.modules:
+                monkeypatch.delattr(sys.modules[parent], leaf, raising=False)
 
     return hide
 
@@ -44,6 +45,8 @@ def notes(report):
 
 def test_the_gpu_worker_needs_nothing_of_the_second_gpu_runner(hidden):
     """vLLM 0.12 has no `vllm.v1.worker.gpu.sample.output`."""
+    import vllm.v1.worker.gpu_worker  # noqa: F401 -- it looks for that module itself in later ones
+
     ours = ("trl_turbo.engine.lean", "trl_turbo.engine.worker")
     hidden("vllm.v1.worker.gpu.sample.output", anew=ours)
     worker = importlib.import_module("trl_turbo.engine.worker")
@@ -53,16 +56,19 @@ def test_the_gpu_worker_needs_nothing_of_the_second_gpu_runner(hidden):
 
 def test_without_bursts_the_engine_shares_and_says_so(tmp_path, turbo, report, monkeypatch):
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.request import Request
 
-    class Older(Request):  # as in vLLM 0.12 to 0.22
+    from trl_turbo.engine import abilities
+
+    class Older:  # as in vLLM 0.12 to 0.22
         def __init__(self):
             self.num_output_placeholders = 0
 
-    monkeypatch.setattr("vllm.v1.request.Request", Older)
+    with monkeypatch.context() as older:
+        older.setattr("vllm.v1.request.Request", Older)
+        reason = abilities.unburstable()
+    monkeypatch.setattr(abilities, "unburstable", lambda: reason)
     model, _ = saved(tmp_path, "qwen2_tied")
     llm = turbo(model)
-    monkeypatch.undo()
     assert llm.shared is not None, llm.declined
     assert type(llm.llm_engine.engine_core.engine_core.scheduler) is Scheduler
     assert "bursts of tokens need a later vLLM: its requests have no num_in_flight_tokens" in notes(report)[0]
@@ -93,6 +99,8 @@ def test_what_cannot_be_built_leaves_the_script_its_own_way(
 ):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    import trl_turbo.engine.adapter
+    import trl_turbo.engine.start  # noqa: F401 -- what is hidden is not what these find
 
     hidden(missing, anew=anew)
     trained = make_trainer("GRPO", tmp_path, max_steps=1, use_vllm=False, peft_config=config)

@@ -109,8 +109,17 @@ def test_an_error_during_a_merged_rollout_restores_the_base(tmp_path, turbo, mon
     llm = turbo(model)
     assert llm.shared is not None, llm.declined
     train(model, steps=2, lr=0.01)
-    with pytest.raises(Exception, match="out of vocabulary"):
-        by_vllm(llm, [[-5, 3]])
+
+    def planted(*args, **kwargs):
+        assert llm.shared.fold.folded
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("vllm.LLM.generate", planted)
+        with pytest.raises(RuntimeError, match="planted"):
+            by_vllm(llm)
+    assert not llm.shared.fold.folded
+    assert all(torch.equal(p, q) for p, q in zip(frozen.values(), base(model).values(), strict=True))
     by_vllm(llm)
     assert all(torch.equal(p, q) for p, q in zip(frozen.values(), base(model).values(), strict=True))
 

@@ -67,7 +67,8 @@ def test_control_the_stock_call_of_a_sync_brings_the_first_checkpoint_back(tmp_p
 
     llm = turbo(model)
     assert llm.shared is not None, llm.declined
-    with pytest.raises(AttributeError, match="_construction"):  # our loader has none to reload from
+    # Our loader has nothing to reload from, and vLLM 0.31 knows of none
+    with pytest.raises((AttributeError, NotImplementedError), match=r"_construction|trl_turbo_shared"):
         vllm.LLM.collective_rpc(llm, "reload_weights")
     assert llm.collective_rpc("reload_weights") == [None]
     assert by_vllm(llm) == trained

@@ -68,7 +68,7 @@ def buffer_bytes(model: Any, llm_kwargs: Mapping[str, Any], itemsize: int) -> in
     if not llm_kwargs.get("enable_lora") or not rank:
         return 0
     leaves = llm_kwargs.get("lora_target_modules")
-    linears = [s.module for s in _linears(model) if leaves is None or _leaf(s) in leaves]
+    linears: list[Any] = [s.module for s in _linears(model) if leaves is None or _leaf(s) in leaves]
     return rank * itemsize * sum(int(linear.in_features + linear.out_features) for linear in linears)
 
 

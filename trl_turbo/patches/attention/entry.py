@@ -1,15 +1,19 @@
-"""Where the two features that run on a layout come in: transformers' tables, and the forward that scores."""
+"""Where the two features that run on a layout come in: transformers' tables, and the forward that scores.
+
+What this imports at its top must not import that forward: it is patched, from here, when it is imported first.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_turbo.patches.attention import passes
-from trl_turbo.patches.attention.interface import register
 from trl_turbo.patching import Replacement
+
+if TYPE_CHECKING:
+    from trl_turbo.patches.attention.passes import Arranged
 
 
 def probe(module: ModuleType, feature: str | None = None) -> str | None:
@@ -31,6 +35,8 @@ def build(module: ModuleType, feature: str | None = None) -> Iterator[Replacemen
     The latter is applied while accelerate is imported, which transformers imports: a model's first pass registers then.
     """
     if feature is None:
+        from trl_turbo.patches.attention.interface import register
+
         register()
     else:
         yield Replacement(module, "arrange", functools.partial(_first, feature))
@@ -38,9 +44,10 @@ def build(module: ModuleType, feature: str | None = None) -> Iterator[Replacemen
 
 def _first(feature: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """What is applied last comes first: packing, then attention on the padded batch, then neither."""
+    from trl_turbo.patches.attention import passes
 
     @functools.wraps(original)
-    def arrange(*args: Any) -> passes.Arranged | None:
+    def arrange(*args: Any) -> Arranged | None:
         return passes.arrange(feature, *args) or original(*args)
 
     return arrange
