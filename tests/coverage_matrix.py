@@ -24,10 +24,11 @@ WITHOUT_PPO = (1, 13)
 OPENING = """# What is covered by tests
 
 Every line stands for whole trainings that are run twice, by stock TRL and patched, from one seed, and compared: losses,
-gradients, metrics and weights. Most run with `packing` and `attention` off, with the padded batches of a model that
-does not qualify for packed rows; what is tested with them on is in `tests/trainers/test_packing.py` and
-`test_attention_interface.py`. This page is written by `python -m tests.coverage_matrix` from the cases of those tests,
-and a test fails where it is out of date.
+gradients, metrics and weights. With TRL 1.12 they run as by default, on packed rows and with our attention where a
+model qualifies; with the other two most run with `packing` and `attention` off, on the padded batches of a model that
+does not, and those with them on are in `tests/trainers/test_packing.py` and `test_attention_interface.py`. This page
+is written by `python -m tests.coverage_matrix` from the cases of those tests, and a test fails where it is out of
+date.
 """
 CLOSING = """Models in 4 and 8 bits, and rollouts of GRPO, RLOO, OnlineDPO and PPO from a shared engine, are tested with
 bitsandbytes and a real vLLM in `tests/engine`, `tests/kernels/lora` and `tests/trainers/test_lora_layers.py`.

@@ -113,6 +113,22 @@ def test_the_ratio_starts_at_one_and_samples_are_of_the_trained_weights(order, t
     assert (kinds == {torch.Tensor}) == (order == "without it"), kinds
 
 
+def test_a_rollout_is_measured_before_it_gives_its_cache_up(trainer, monkeypatch):
+    from trl_turbo.patches.memory import steps
+
+    patch()
+    found = []
+    llm = trainer.vllm_generation.llm
+    release = llm.release
+    monkeypatch.setattr(llm, "release", lambda: found.append("released") or release())
+    monkeypatch.setattr(steps, "measure", lambda who, phase: found.append(phase))
+    trainer.train()
+    rollouts = [at for at, event in enumerate(found) if event == "released"]
+    assert rollouts
+    assert all(found[at - 1] == "rollout" for at in rollouts), found
+    assert "training" in found
+
+
 @pytest.mark.parametrize("left", ["logprob", "rollout"])
 def test_either_patch_goes_and_leaves_the_other(left, trainer, monkeypatch):
     from trl_turbo.patches.logprob.scored import ScoredLogits

@@ -12,6 +12,8 @@ import pytest
 
 import trl_turbo
 
+from .models import PACKED
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
@@ -39,9 +41,9 @@ def _unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # They compute nothing, and a report a training takes longer than the training: tests/people is about them
     monkeypatch.setenv("TRL_TURBO_DASHBOARD", "0")
     monkeypatch.setenv("TRL_TURBO_GUARDS", "0")
-    # What a model that does not qualify for packed rows runs; test_packing.py is about those
-    monkeypatch.setenv("TRL_TURBO_PACKING", "0")
-    monkeypatch.setenv("TRL_TURBO_ATTENTION", "0")
+    if not PACKED:  # the padded batches of a model that does not qualify for packed rows
+        monkeypatch.setenv("TRL_TURBO_PACKING", "0")
+        monkeypatch.setenv("TRL_TURBO_ATTENTION", "0")
     trl_turbo.unpatch()
     from .runs import forget_precision
 

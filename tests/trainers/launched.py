@@ -13,9 +13,12 @@ import pytest
 import torch
 from filelock import FileLock
 
+from .models import PACKED
+
 ROOT = Path(__file__).parents[2]
 # As in conftest.py
-OFF = {f"TRL_TURBO_{feature}": "0" for feature in ("ROLLOUT", "DASHBOARD", "GUARDS", "PACKING", "ATTENTION")}
+PADDED = {"TRL_TURBO_PACKING": "0", "TRL_TURBO_ATTENTION": "0"}
+OFF = {f"TRL_TURBO_{feature}": "0" for feature in ("ROLLOUT", "DASHBOARD", "GUARDS")} | ({} if PACKED else PADDED)
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module")
 

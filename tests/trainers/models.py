@@ -6,6 +6,7 @@ import atexit
 import shutil
 import tempfile
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_turbo.demo.tiny import make_tokenizer
 
+#: Whether trainings here run on packed rows and our attention, as by default: with one TRL of the three, so that all
+#: that is compared with stock is so both ways.
+PACKED = version("trl").startswith("1.12.")
 #: Keywords of `patch()` that leave the log-prob alone on, for what must be stock's to the bit
 ALONE = dict.fromkeys(
     ("shared_pass", "lora", "norms", "rope", "mlp", "attention", "packing", "checkpointing", "memory"), False

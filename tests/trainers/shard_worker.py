@@ -73,6 +73,7 @@ COMMON: dict[str, Case] = {
 }
 ALONE: dict[str, dict[str, Case]] = {
     "fsdp2": {
+        "RLOO-lora": Case("RLOO", {**CHECKPOINTED, "beta": 0.1}, peft=lora(*LINEARS)),
         "OnlineDPO-head-of-its-own": Case(
             "OnlineDPO",
             {**STEPS, **PAIRS},
@@ -80,7 +81,7 @@ ALONE: dict[str, dict[str, Case]] = {
             model=load,
             extra=_another_reference,
             prepare=_every_linear_a_unit,
-        )
+        ),
     },
     "zero2": {},
     "zero3": {
@@ -94,7 +95,7 @@ ALONE: dict[str, dict[str, Case]] = {
     },
 }
 KINDS = tuple(ALONE)
-# Off unless asked for (mlp_tiling), or in these tests
+# Off unless asked for (mlp_tiling), or in these tests, which have each of the others by itself
 FEATURES: dict[str, dict[str, bool]] = {
     "GRPO": {"mlp_tiling": True, "attention": True},
     "GRPO-lora": {"packing": True},

@@ -18,7 +18,7 @@ from trl_turbo.patches.attention.rows import Rows
 
 from .adapters import adapted, lora
 from .lora_models import ALL
-from .models import folder, load
+from .models import PACKED, folder, load
 from .parity import Path, check, patched, skip_unless_known, stock
 from .rule import broken
 from .runs import Case, build, run, train
@@ -79,8 +79,8 @@ def check_noted(case: Case, notes: tuple[str, ...] = (), *, late: bool = False) 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     """Packing and attention as they are by default, watched."""
-    monkeypatch.delenv("TRL_TURBO_PACKING")
-    monkeypatch.delenv("TRL_TURBO_ATTENTION")
+    monkeypatch.delenv("TRL_TURBO_PACKING", raising=False)
+    monkeypatch.delenv("TRL_TURBO_ATTENTION", raising=False)
     found = Seen([])
     arrange, over_layout = passes._arrange, interface.over_layout
 
@@ -98,6 +98,19 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
 
     with replaced.object(passes, "_arrange", arranged), replaced.object(interface, "over_layout", counted):
         yield found
+
+
+def test_the_trainings_of_other_files_are_packed_with_one_trl_and_padded_with_the_others() -> None:
+    arranged, arrange = [], passes._arrange
+
+    def watched(*args: Any) -> Any:
+        arranged.append(arrange(*args))
+        return arranged[-1]
+
+    with replaced.object(passes, "_arrange", watched):
+        check(Case("GRPO", ONE_STEP["GRPO"]))
+    assert bool(arranged) == PACKED
+    assert all(isinstance(each, passes.Arranged) and each.rows is not None for each in arranged)
 
 
 @pytest.mark.parametrize("peft", [None, lora()], ids=["full", "lora"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .launched import TORCHRUN, equal_on_ranks, launched, of_ranks
+from .launched import PADDED, TORCHRUN, equal_on_ranks, launched, of_ranks
 from .rule import assert_same
 from .shard_worker import BUDGET_BYTES, FEATURES, KINDS, WITHOUT_LOGITS, cases
 from .sharded import ENVIRONMENT
@@ -29,7 +29,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     kind = request.param
     if kind != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed; tox run -e deepspeed has it")
-    return of_ranks(launched(tmp_path_factory, "shard_worker", kind, python=TORCHRUN, env=ENVIRONMENT[kind]))
+    return of_ranks(launched(tmp_path_factory, "shard_worker", kind, python=TORCHRUN, env=PADDED | ENVIRONMENT[kind]))
 
 
 @pytest.mark.parametrize(("ranks", "label"), LABELS, indirect=["ranks"])
