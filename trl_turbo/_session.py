@@ -71,6 +71,7 @@ class Session:
         self._plan: Plan | None = None
         self._states: dict[str, _State] = {}
         self._watched: frozenset[str] = frozenset()
+        self._extended: set[str] = set()  # patches that replaced more since they were applied
         self._strict = False
         self._verbose: bool | None = None
         self._notes = NoteLog()
@@ -139,6 +140,7 @@ class Session:
             return self._plan is not None and state is not None and state.status is not Status.OFF
 
         if wanted() and not self._ledger.stands(name, replacement):
+            self._extended.add(name)
             self._ledger.replace(name, (replacement,), wanted=wanted)
 
     def _applied(self) -> frozenset[str]:
@@ -174,10 +176,17 @@ class Session:
 
     def _reconcile(self, plan: Plan) -> None:
         states = {intent.patch.name: _State.of(intent) for intent in plan.intents}
+        anew: set[str] = set()  # modules of which a patch is on now that was not
         for name, state in states.items():
+            if state.status is not Status.PENDING:
+                continue
             earlier = self._states.get(name)
-            if state.status is Status.PENDING and earlier is not None and earlier.module is not None:
-                # Still on, and tried already: it stays as it is.
+            module = state.patch.module
+            if earlier is None or earlier.module is None:
+                anew.add(module)
+            elif module not in anew or name in self._extended:
+                # Still on, and tried already: it stays as it is. What follows a new patch on its module is applied
+                # again, so that the later one wraps the earlier one as if both had been asked for at once.
                 states[name] = earlier
         gone = [name for name, state in self._states.items() if states.get(name) is not state]
         self._states = states

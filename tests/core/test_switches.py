@@ -114,6 +114,34 @@ def test_a_word_is_a_way_to_be_on(target, new_session, core, monkeypatch):
         session.patch(rollout="vllm")
 
 
+@pytest.mark.parametrize("first", ["one", "two", "three"])
+def test_a_feature_that_comes_later_is_wrapped_as_if_all_had_come_at_once(first, target, new_session, core):
+    module = target.load()
+    names = ("one", "two", "three")
+
+    def build(name):
+        def wrap(original):
+            return lambda *args, **kwargs: f"{name}({original(*args, **kwargs)})"
+
+        return lambda module: [Replacement(module, "function", wrap)]
+
+    patches = [core.make_patch(target.name, f"{name}.all", name, build=build(name)) for name in names]
+    session = new_session(core.Plugin(*patches), features=names)
+    at_once = "three(two(one(stock)))"
+    session.patch()
+    assert module.function() == at_once
+    session.unpatch()
+    session.patch(**{name: name == first for name in names})
+    assert module.function() == f"{first}(stock)"
+    session.patch()
+    assert module.function() == at_once
+    session.patch(**{first: False})
+    session.patch()
+    assert module.function() == at_once
+    session.unpatch()
+    assert module.function() == "stock"
+
+
 def test_what_is_not_measured_yet_is_off_unless_asked_for(target, new_session, core, monkeypatch):
     monkeypatch.setattr(_features, "OPT_IN", {"rollout": "off by default, and why"})
     session = new_session(core.Plugin(core.make_patch(target.name, "rollout.one", "rollout")), features=("rollout",))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 from unittest.mock import patch as replaced
 
@@ -110,3 +112,16 @@ def test_the_name_is_gone_after_unpatch() -> None:
     with pytest.raises((ValueError, KeyError), match=NAME):
         load(folder("llama"), attn_implementation=NAME)
     assert transformers.__version__
+
+
+def test_without_logprob_where_transformers_is_there_already() -> None:
+    """Nobody but our attention imports the forward that it is patched into then."""
+    script = (
+        "import transformers.modeling_utils, trl_turbo\n"
+        "report = trl_turbo.patch(logprob=False, attention=True, packing=True, verbose=False)\n"
+        "print(*(f'{row.name} {row.status}' for row in report), sep=chr(10))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    rows = dict(line.split() for line in done.stdout.splitlines())
+    assert rows["attention.passes"] == rows["packing.passes"] == "applied"
+    assert "failed" not in rows.values()
