@@ -41,12 +41,15 @@ CASES = {
     # Stock PPO reads `.policy` off its model, which DDP has wrapped, where an adapter stands for the reference
     if parts[0] != "PPO" or not any(parts[1:])
 }
-# A rollout that is trained on in one step, and in two micro-batches of one
+# A rollout that is trained on in one step, and in two micro-batches of one; their passes are counted, of which packed
+# rows need as many as a rank's tokens fill
+COUNTED = []
 for label, options in {
     "one-step": {"steps_per_generation": 1},
     "accumulated": {"steps_per_generation": 2, "gradient_accumulation_steps": 2},
 }.items():
-    CASES[f"RLOO-lora-{label}"] = Case("RLOO", {**OPTIONS["RLOO"], **options}, peft=lora())
+    COUNTED.append(f"RLOO-lora-{label}")
+    CASES[COUNTED[-1]] = Case("RLOO", {**OPTIONS["RLOO"], **options}, peft=lora())
 # Trained on packed rows, too
 PACKED = ("GRPO-lora-checkpointed", "DPO-checkpointed", "OnlineDPO-lora")
 LABELS = sorted([*CASES, *(f"{label}-packed" for label in PACKED)])
@@ -100,7 +103,7 @@ def main(out: str) -> None:
     gc.freeze()  # as in conftest.py: accelerate collects garbage in every run
     for variant in VARIANTS:
         folder("qwen2", variant)
-    found = {label: trained(case) for label, case in CASES.items()}
+    found = {label: trained(case, **({"packing": False} if label in COUNTED else {})) for label, case in CASES.items()}
     for label in PACKED:
         plain = found[label]
         found[f"{label}-packed"] = plain if isinstance(plain, str) else {**plain, **_packed(CASES[label])}
