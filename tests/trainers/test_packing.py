@@ -11,6 +11,7 @@ from unittest.mock import patch as replaced
 import pytest
 import torch
 import trl
+from packaging.version import Version
 
 import trl_turbo
 from trl_turbo.patches.attention import interface, passes
@@ -134,12 +135,39 @@ def softcap_left_out(family: str) -> tuple[str, ...]:
     return (SOFTCAP,) if family == "gemma2" and model.config._attn_implementation == "sdpa" else ()
 
 
-@pytest.mark.parametrize("trainer", ["GRPO", "DPO"])
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3-text", "phi3", "qwen3", "cohere"])
+FAMILIES = ("mistral", "gemma2", "gemma3-text", "phi3", "qwen3", "cohere")
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Each family with GRPO and DPO on each TRL, and with each other trainer on one of the three."""
+    found = [(family, trainer) for family in FAMILIES for trainer in ("GRPO", "DPO")]
+    minor = Version(trl.__version__).release[:2]
+    turn = 0 if minor < (1, 0) else 1 if minor < (1, 13) else 2
+    for index, family in enumerate(FAMILIES):
+        found += [(family, trainer) for n, trainer in enumerate(("RLOO", "OnlineDPO")) if (index + n) % 3 == turn]
+        # Which is in two of them, and needs a model of values, which Cohere's has not
+        found += [(family, "PPO")] if index % 2 == turn and family != "cohere" else []
+    return found
+
+
+#: What these read at padding is not there without it: OnlineDPO's metrics, an answer of PPO's that ended at once.
+KEPT = dict.fromkeys(
+    ((family, "OnlineDPO") for family in ("mistral", "gemma2", "gemma3-text")), "its sliding window leaves behind"
+) | {("phi3", "PPO"): "before or between tokens"}
+
+
+@pytest.mark.parametrize(("family", "trainer"), pairs())
 def test_family(family: str, trainer: str, seen: Seen) -> None:
     """Windows of 16 tokens, alternating ones, norms of queries and keys, scaled scores, layers in parallel."""
-    check_noted(Case(trainer, ONE_STEP[trainer], family=family), softcap_left_out(family))
-    seen.assert_packed()
+    kept = KEPT.get((family, trainer))
+    check_noted(Case(trainer, ONE_STEP[trainer], family=family), (kept, kept) if kept else softcap_left_out(family))
+    if kept:
+        assert seen.padded
+    elif trainer == "PPO":
+        assert seen.rows
+        assert not seen.padded
+    else:
+        seen.assert_packed()
 
 
 @pytest.mark.parametrize("attention", ["eager", "trl_turbo"])
