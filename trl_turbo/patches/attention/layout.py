@@ -37,9 +37,8 @@ class Onlookers:
 class Layout:
     """The sequences of one forward pass.
 
-    No dataclass: where FSDP2 casts what its units are called with (`torch.distributed.utils._apply_to_tensors`, in torch
-    2.6 to 2.13), it makes a copy of every dataclass it is handed, one for each layer. What the layers use then, and count
-    up, is not what the pass looks at.
+    No dataclass: where FSDP2 casts what its units are called with, it makes a copy of every dataclass among that, one for
+    each layer (`torch.distributed.utils._apply_to_tensors`, torch 2.13). Layers would count themselves on their copies.
 
     Args:
         segments: The sequences, one after another, T tokens.
