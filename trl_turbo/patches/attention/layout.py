@@ -37,8 +37,8 @@ class Onlookers:
 class Layout:
     """The sequences of one forward pass.
 
-    No dataclass: where FSDP2 casts what its units are called with, it makes a copy of every dataclass among that, one for
-    each layer (`torch.distributed.utils._apply_to_tensors`, torch 2.13). Layers would count themselves on their copies.
+    No dataclass: where FSDP2 casts what its units are called with, it copies every dataclass among that, once for each
+    layer (`torch.distributed.utils._apply_to_tensors`, torch 2.13). Layers would count themselves on their copies.
 
     Args:
         segments: The sequences, one after another, T tokens.
