@@ -90,6 +90,14 @@ ALONE: dict[str, dict[str, Case]] = {
             label: Case("GRPO", {**STEPS, **BF16}, "qwen2-untied", dtype=torch.bfloat16, peft=peft)
             for label, peft in {"GRPO-bf16": None, "GRPO-lora-bf16": lora(*LINEARS)}.items()
         },
+        "OnlineDPO-bf16": Case(
+            "OnlineDPO",
+            {**STEPS, **PAIRS, "bf16": True},
+            "qwen2-untied",
+            dtype=torch.bfloat16,
+            model=load,
+            extra=_another_reference,
+        ),
     },
     "zero2": {},
     "zero3": {
@@ -114,7 +122,10 @@ FEATURES: dict[str, dict[str, bool]] = {
     "OnlineDPO-lora": {"packing": True},
     "GRPO-bf16": {"packing": True},
     "GRPO-lora-bf16": {"attention": True},
+    "OnlineDPO-bf16": {"attention": True},
 }
+# Whose log-probs and gradients are compared with those in float32, too
+IN_BF16 = ("GRPO-bf16", "GRPO-lora-bf16")
 KERNELS = (
     (norms, "rms_norm"),
     (rope, "rope"),
@@ -247,7 +258,7 @@ def main(kind: str, *rest: str) -> None:
         found[label] = _counted(case, FEATURES.get(label, {}))
         if label in WITHOUT_LOGITS and not isinstance(found[label], str):
             found[label]["sizes"] = _sizes(case)
-        if case.dtype != torch.float32 and not isinstance(found[label], str):
+        if label in IN_BF16 and not isinstance(found[label], str):
             found[label]["scores"] = _precise(case, FEATURES[label])
     torch.save(found, Path(out) / f"rank-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

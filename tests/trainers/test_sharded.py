@@ -15,7 +15,7 @@ from trl_turbo.kernels.linear_logprob.reference import excess_error
 
 from .launched import TORCHRUN, equal_on_ranks, launched, of_ranks
 from .rule import assert_same
-from .shard_worker import BUDGET_BYTES, FEATURES, KINDS, WITHOUT_LOGITS, cases
+from .shard_worker import BUDGET_BYTES, FEATURES, IN_BF16, KINDS, WITHOUT_LOGITS, cases
 from .sharded import ENVIRONMENT
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow]
@@ -26,7 +26,6 @@ LORA = {"fsdp2": True, "zero2": True, "zero3": False}
 FLOAT32_BYTES = 4
 SLACK = 0.1  # of root mean square error, as in the tests of kernels
 CASES = {label: case for kind in KINDS for label, case in cases(kind).items()}
-IN_BF16 = [("fsdp2", label) for label, case in cases("fsdp2").items() if case.dtype == torch.bfloat16]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def test_two_processes(ranks: list[dict[str, Any]], label: str) -> None:
         assert_same(found["stock"], found["patched"], found["perturbed"], case.dtype)
 
 
-@pytest.mark.parametrize(("ranks", "label"), IN_BF16, indirect=["ranks"])
+@pytest.mark.parametrize(("ranks", "label"), [("fsdp2", label) for label in IN_BF16], indirect=["ranks"])
 def test_rounding_is_no_worse_than_stocks(ranks: list[dict[str, Any]], label: str) -> None:
     """In bf16 a loss says little: it is of a few tokens, whose log-probs both runs round to three digits.
 
