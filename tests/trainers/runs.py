@@ -118,8 +118,8 @@ class Case:
 
 def forget_precision() -> None:
     """Mixed precision outlives a run: in accelerate's state, and with transformers 4 in the environment."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     if not torch.distributed.is_initialized():
-        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

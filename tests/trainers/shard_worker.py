@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch as replaced
 
 import torch
+from transformers import TrainerCallback
 
 from trl_turbo.patches.attention import interface, passes
 from trl_turbo.patches.blocks import mlp, norms, rope
@@ -22,11 +25,11 @@ from trl_turbo.patches.lora import mlp as lora_mlp
 
 from .adapters import lora
 from .ddp_worker import trained
-from .models import folder, load
+from .models import VOCAB, folder, load
 from .parity import TRL_HAS_FUSED_HEAD, patched
 from .rule import ulp
-from .runs import Case
-from .sharded import deepspeed_on_cpu, fsdp2_on_cpu, not_zero3, zero
+from .runs import Case, build, train
+from .sharded import deepspeed_on_cpu, fsdp2_on_cpu, not_zero3, whole, zero
 from .test_no_logits import BUDGET_BYTES, Largest, largest
 
 STEPS: dict[str, Any] = {"max_steps": 2}
@@ -55,6 +58,8 @@ def _another_reference(path: str) -> dict[str, Any]:
 # log-probs of 73, whose last place is 128 units of the rule. Of eight draws, six move it, by 3 to 10 units
 DRAWS = tuple(f"perturbed-{number}" for number in range(1, 5))
 PAIRS = {"per_device_train_batch_size": 2}
+# Bounds that nothing reaches, as in test_precision.py
+BF16 = {"bf16": True, "beta": 0.1, "epsilon": 0.99, "epsilon_high": 100.0}
 COMMON: dict[str, Case] = {
     "GRPO": Case("GRPO", {**CHECKPOINTED, "beta": 0.1}),
     "GRPO-lora": Case("GRPO", {**STEPS, "beta": 0.1}, "qwen2-untied", peft=lora(*LINEARS)),
@@ -82,6 +87,18 @@ ALONE: dict[str, dict[str, Case]] = {
             extra=_another_reference,
             prepare=_every_linear_a_unit,
         ),
+        **{
+            label: Case("GRPO", {**STEPS, **BF16}, "qwen2-untied", dtype=torch.bfloat16, peft=peft)
+            for label, peft in {"GRPO-bf16": None, "GRPO-lora-bf16": lora(*LINEARS)}.items()
+        },
+        "OnlineDPO-bf16": Case(
+            "OnlineDPO",
+            {**STEPS, **PAIRS, "bf16": True},
+            "qwen2-untied",
+            dtype=torch.bfloat16,
+            model=load,
+            extra=_another_reference,
+        ),
     },
     "zero2": {},
     "zero3": {
@@ -104,7 +121,12 @@ FEATURES: dict[str, dict[str, bool]] = {
     "DPO-lora": {"attention": True},
     "OnlineDPO": {"attention": True},
     "OnlineDPO-lora": {"packing": True},
+    "GRPO-bf16": {"packing": True},
+    "GRPO-lora-bf16": {"attention": True},
+    "OnlineDPO-bf16": {"attention": True},
 }
+# Whose log-probs and gradients are compared with those in float32, too
+IN_BF16 = ("GRPO-bf16", "GRPO-lora-bf16")
 KERNELS = (
     (norms, "rms_norm"),
     (rope, "rope"),
@@ -145,6 +167,47 @@ def _sizes(case: Case) -> dict[str, tuple[int, str]]:
     return {name: seen.of_vocabulary for name, seen in found.items()}
 
 
+def _rounded(trainer: Any) -> None:
+    """Weights that bf16 has, so that they are the same in float32."""
+    _layers_are_units(trainer)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.copy_(parameter.bfloat16())
+
+
+def _scores(case: Case) -> dict[str, torch.Tensor]:
+    """Log-probs of many random tokens, and gradients of a sum of them, before the first step of a training."""
+    generator = torch.Generator().manual_seed(17)
+    ids = torch.randint(3, VOCAB, (48, 64), generator=generator)
+    mask = (torch.arange(64) < torch.randint(32, 65, (48, 1), generator=generator)).long()
+    share = torch.randn(48, 56, generator=generator) * mask[:, 8:] / mask[:, 8:].sum()
+    found: dict[str, torch.Tensor] = {}
+
+    class Scoring(TrainerCallback):
+        def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+            logps = trainer._get_per_token_logps_and_entropies(model, ids, mask, 56)[0]
+            (logps.float() * share).sum().backward()
+            found["logps"] = logps.detach()[mask[:, 8:] == 1]
+            found.update((name, whole(p.grad)) for name, p in model.named_parameters() if p.grad is not None)
+            model.zero_grad()
+
+    trainer = build(replace(case, prepare=_rounded, options={**case.options, "max_steps": 1}))
+    trainer.add_callback(Scoring)
+    train(trainer)
+    return found
+
+
+def _precise(case: Case, features: dict[str, bool]) -> dict[str, dict[str, torch.Tensor]]:
+    """Scores by stock and by us, and what both round: those of stock in float32."""
+    with patched(**features):
+        ours = _scores(case)
+    return {
+        "patched": ours,
+        "stock": _scores(case),
+        "true": _scores(replace(case, options={**case.options, "bf16": False})),
+    }
+
+
 def _counted(case: Case, features: dict[str, bool]) -> dict[str, Any] | str:
     """As `trained`; of the patched run also how often each kernel was called, and how each pass was arranged."""
     ran: Counter[str] = Counter()
@@ -183,8 +246,8 @@ def main(kind: str, *rest: str) -> None:
     gc.freeze()  # as in conftest.py: accelerate collects garbage in every run
     with not_zero3():
         for family in ("qwen2", "qwen2-untied"):
-            for variant in ("plain", *DRAWS):
-                folder(family, variant, ulp(torch.float32))
+            for variant, dtype in itertools.product(("plain", *DRAWS), {case.dtype for case in cases(kind).values()}):
+                folder(family, variant, ulp(dtype))
     if kind == "fsdp2":
         fsdp2_on_cpu()
     else:
@@ -196,6 +259,8 @@ def main(kind: str, *rest: str) -> None:
         found[label] = _counted(case, FEATURES.get(label, {}))
         if label in WITHOUT_LOGITS and not isinstance(found[label], str):
             found[label]["sizes"] = _sizes(case)
+        if label in IN_BF16 and not isinstance(found[label], str):
+            found[label]["scores"] = _precise(case, FEATURES[label])
     torch.save(found, Path(out) / f"rank-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 

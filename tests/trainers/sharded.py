@@ -51,6 +51,8 @@ def fsdp2_on_cpu() -> None:
         if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = plugin
+            if self.mixed_precision != "no":
+                plugin.set_mixed_precision(self.mixed_precision)
 
     AcceleratorState.__init__ = choosing
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,25 +34,36 @@ class Onlookers:
     seen: torch.Tensor
 
 
-@dataclass(eq=False)
 class Layout:
     """The sequences of one forward pass.
 
-    Attributes:
+    No dataclass: where FSDP2 casts what its units are called with, it copies every dataclass among that, once for each
+    layer (`torch.distributed.utils._apply_to_tensors`, torch 2.13). Layers would count themselves on their copies.
+
+    Args:
         segments: The sequences, one after another, T tokens.
         onlookers: What stands behind them, P tokens, or `None`.
         index: int64 [T + P], where in the padded batch, as [B * L], each token of the packed row is; `None` where the
             model runs on the packed row itself.
         softcap: Whether the scores' softcap is applied. sdpa, whose place this may take, leaves it out.
+
+    Attributes:
         calls: How many attention layers have used it.
     """
 
-    segments: Segments
-    onlookers: Onlookers | None = None
-    index: torch.Tensor | None = None
-    softcap: bool = True
-    calls: int = 0
-    _views: dict[int, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+    def __init__(
+        self,
+        segments: Segments,
+        onlookers: Onlookers | None = None,
+        index: torch.Tensor | None = None,
+        softcap: bool = True,
+    ) -> None:
+        self.segments = segments
+        self.onlookers = onlookers
+        self.index = index
+        self.softcap = softcap
+        self.calls = 0
+        self._views: dict[int, tuple[Any, Any]] = {}
 
     def view(self, config: Any) -> Any:
         """A model's configuration as its attention is to see it: with our attention selected, and nothing else new."""

@@ -121,6 +121,8 @@ class PendingLogits:
     div = __truediv__
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what it is, not what it says: FSDP2 asks so before it casts a unit's output
+            raise AttributeError(name)
         raise UnsupportedLogitsOp(f"the model uses `logits.{name}`")
 
     def __getitem__(self, index: Any) -> Any:
