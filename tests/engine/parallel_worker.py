@@ -102,6 +102,7 @@ def _train(
     found = {
         "differs": differs,
         "served": served is not None,
+        "seed": llm.llm_engine.vllm_config.model_config.seed,
         "shared": llm.shared is not None,
         "copies": copies,
         "levels": levels,

@@ -27,8 +27,8 @@ def test_each_sync_pushes_the_adapter_alone(labels: tuple[str, ...], tmp_path: P
     ranks = found(tmp_path, result)
     for rank in ranks:
         for label in labels:
-            if label == "control":
-                assert max(rank[label]["gaps"]) > ROUNDING, rank[label]["gaps"]
+            if label == "control":  # a model so small rounds by a fraction of the tolerance
+                assert max(rank[label]["gaps"]) > 3 * max(rank[labels[0]]["gaps"]), rank[label]["gaps"]
             else:
                 assert_pushed(rank[label], ROUNDING)
             assert set(rank[label]["levels"]) == ({1} if label == "one kv head" else set())

@@ -42,6 +42,13 @@ def test_each_sync_pushes_the_adapter_alone(ranks: list[dict[str, Any]], label: 
     assert_equal(ranks, label)
 
 
+def test_one_vllm_over_both_ranks_has_one_seed_and_one_on_each_has_two(ranks: list[dict[str, Any]]) -> None:
+    """A group is sampled by all ranks of a vLLM together; two that each sample their own prompts must not agree."""
+    first, second = ranks
+    assert first["one kv head"]["seed"] == second["one kv head"]["seed"]
+    assert first["fsdp"]["seed"] != second["fsdp"]["seed"]
+
+
 def test_online_dpo(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         found = rank["online dpo"]

@@ -81,6 +81,16 @@ def test_other_weights_in_one_linear_are_no_rounding(exact, layer):
     assert "where rounding explains" in found.reason
 
 
+@pytest.mark.parametrize("off", [0.0, 5.0])
+def test_ranks_whose_forwards_wait_for_each_other_call_as_often_whatever_they_find(exact, off):
+    model, calls = copy.deepcopy(exact).bfloat16(), []
+    ids, logprobs = sampled(exact)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    found = parity.gap(model, PROMPT, ids, [p - off for p in logprobs], in_step=True)
+    assert (found.reason is not None) == bool(off)
+    assert len(calls) == 3
+
+
 def test_what_rounding_explains_has_an_end(exact):
     chaotic = copy.deepcopy(exact).bfloat16()
     with torch.no_grad():

@@ -104,7 +104,8 @@ class ServedEngine:
         model = self._trainee.model
         try:
             with assembled(model), _attention_where_it_is(self._base):
-                return parity.gap(model, prompt, ids, logprobs, self._worker.model_config.dtype).reason
+                dtype = self._worker.model_config.dtype
+                return parity.gap(model, prompt, ids, logprobs, dtype, in_step=True).reason
         except Exception as error:
             # A reason like another: the other ranks wait for this one's answer
             logger.debug("the trainer's model could not be asked", exc_info=True)
