@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,21 @@ def write(out: Path, data: Mapping[str, Any], picture: Callable[[Path], None]) -
     out.with_name(f"{out.name}.json").write_text(json.dumps(data, indent=1) + "\n")
     picture(out.with_name(f"{out.name}.png"))
     print(f"\nwrote {out}.json and .png")
+
+
+def grouped_bars(axis: Any, series: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
+    """Draw bars side by side, a group for each place in the series; returns what `axis.bar` gave, by name.
+
+    Args:
+        axis: matplotlib's.
+        series: Heights by the name in the legend; `None` leaves a place free.
+    """
+    drawn = {}
+    for i, (name, heights) in enumerate(series.items()):
+        shift = (i - (len(series) - 1) / 2) * 0.8 / len(series)
+        found = [(k + shift, height) for k, height in enumerate(heights) if height is not None]
+        drawn[name] = axis.bar([at for at, _ in found], [height for _, height in found], 0.8 / len(series), label=name)
+    return drawn
 
 
 def _timing(values: list[float], extra_mib: float) -> Timing:

@@ -273,14 +273,12 @@ def picture(results: list[dict[str, Any]], card: str, path: Path) -> None:
     peers = list(dict.fromkeys(who for row in results for who in row["both"]["timings"] if who != "trl_turbo"))
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained", sharey=True)
     for axis, phase in zip(axes, PHASES, strict=True):
-        for i, who in enumerate(peers):
-            at, speed = [], []
-            for k, row in enumerate(results):
-                timings = row[phase]["timings"]
-                if who in timings:
-                    at.append(k + (i - (len(peers) - 1) / 2) * 0.8 / len(peers))
-                    speed.append(timings[who]["median_ms"] / timings["trl_turbo"]["median_ms"])
-            axis.bar(at, speed, 0.8 / len(peers), label=f"over {who}")
+        timings = [row[phase]["timings"] for row in results]
+        speed = {
+            f"over {who}": [t[who]["median_ms"] / t["trl_turbo"]["median_ms"] if who in t else None for t in timings]
+            for who in peers
+        }
+        measure.grouped_bars(axis, speed)
         axis.axhline(1, color="black", linestyle="dotted")
         axis.set_xticks(range(len(names)), names, fontsize=6)
         axis.set_title(phase)

@@ -329,11 +329,11 @@ def picture(results: list[dict[str, Any]], card: str, path: Path) -> None:
     names = list(dict.fromkeys(row["op"] for row in results))
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained", sharey=True)
     for axis, phase in zip(axes, PHASES[:2], strict=True):
-        for i, (n, hidden) in enumerate(sizes):
+        shares = {}
+        for n, hidden in sizes:
             rows = {row["op"]: row[phase] for row in results if (row["n"], row["hidden"]) == (n, hidden)}
-            at = [k + (i - (len(sizes) - 1) / 2) * 0.8 / len(sizes) for k in range(len(names))]
-            shares = [rows[name]["gbps"] / rows[name]["copy_gbps"] for name in names]
-            axis.bar(at, shares, 0.8 / len(sizes), label=f"N {n:,}, hidden {hidden:,}")
+            shares[f"N {n:,}, hidden {hidden:,}"] = [rows[name]["gbps"] / rows[name]["copy_gbps"] for name in names]
+        measure.grouped_bars(axis, shares)
         axis.axhline(BAR, color="black", linestyle="dotted")
         axis.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8)
         axis.set_title(phase)

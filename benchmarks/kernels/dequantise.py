@@ -144,11 +144,11 @@ def picture(results: list[dict[str, Any]], card: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    names = list(results[0]["timings"])
-    for i, name in enumerate(names):
-        at = [k + (i - (len(names) - 1) / 2) * 0.8 / len(names) for k in range(len(results))]
-        shares = [row["bytes"] / row["timings"][name]["median_ms"] / 1e6 / row["copy_gbps"] for row in results]
-        bars = axis.bar(at, shares, 0.8 / len(names), label=name)
+    shares = {
+        name: [row["bytes"] / row["timings"][name]["median_ms"] / 1e6 / row["copy_gbps"] for row in results]
+        for name in results[0]["timings"]
+    }
+    for name, bars in measure.grouped_bars(axis, shares).items():
         axis.bar_label(bars, [f"{row['timings'][name]['median_ms'] * 1e3:.1f} us" for row in results], fontsize=7)
     axis.axhline(BAR, color="black", linestyle="dotted")
     axis.set_xticks(range(len(results)), ["{:,} x {:,}".format(*row["shape"]) for row in results])

@@ -203,10 +203,11 @@ def picture(results: list[dict], card: str, path: Path) -> None:
     for axis, case in zip(axes, CASES, strict=True):
         rows = {(r["n"], r["h"]): r["timings"] for r in results if r["case"] == case}
         names = [name for name in ("trl_turbo", "trl", "liger_none", "liger_mean") if name in rows[sizes[0]]]
-        for i, name in enumerate(names):
-            at = [k + (i - (len(names) - 1) / 2) * 0.8 / len(names) for k in range(len(sizes))]
-            values = [rows[size][name]["median_ms"] / rows[size]["trl_turbo"]["median_ms"] for size in sizes]
-            bars = axis.bar(at, values, 0.8 / len(names), label=name)
+        over = {
+            name: [rows[size][name]["median_ms"] / rows[size]["trl_turbo"]["median_ms"] for size in sizes]
+            for name in names
+        }
+        for bars in measure.grouped_bars(axis, over).values():
             axis.bar_label(bars, fmt="%.2f", fontsize=7)
         if "products" in rows[sizes[0]]:
             floor = [rows[size]["products"]["median_ms"] / rows[size]["trl_turbo"]["median_ms"] for size in sizes]

@@ -206,10 +206,8 @@ def picture(results: list[dict[str, Any]], card: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    names = list(results[0]["timings"])
-    for i, name in enumerate(names):
-        at = [k + (i - (len(names) - 1) / 2) * 0.8 / len(names) for k in range(len(results))]
-        bars = axis.bar(at, [row["timings"][name]["median_ms"] for row in results], 0.8 / len(names), label=name)
+    medians = {name: [row["timings"][name]["median_ms"] for row in results] for name in results[0]["timings"]}
+    for bars in measure.grouped_bars(axis, medians).values():
         axis.bar_label(bars, fmt="%.1f", fontsize=7)
     axis.set_yscale("log")
     axis.set_xticks(
