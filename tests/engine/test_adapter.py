@@ -37,6 +37,27 @@ def with_adapter(model, **config):
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=True, **config))
 
 
+@pytest.mark.parametrize("targets", [ALL, ["q_proj", "embed_tokens"], "all-linear"], ids=str)
+def test_layers_of_an_adapter_are_those_of_a_walk_through_every_module(targets):
+    from peft import LoraConfig
+
+    from trl_turbo.engine.adapter_config import adapter_layers
+
+    model = with_adapter(make("qwen2"), r=8, target_modules=targets, modules_to_save=["norm"])
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["v_proj", "q_proj"]))
+    for name in ("default", "other", "none"):
+        for outer in (model, model.get_base_model()):
+            found = adapter_layers(outer, name)
+            wanted = {
+                path.removeprefix("base_model.model."): module
+                for path, module in outer.named_modules()
+                if name in getattr(module, "lora_A", {}) or name in getattr(module, "lora_embedding_A", {})
+            }
+            assert list(found) == list(wanted)
+            assert all(layer is wanted[path] for path, layer in found.items())
+            assert bool(found) == (name != "none")
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_is_served_as_it_is_trained(case, tmp_path, turbo):

@@ -39,13 +39,27 @@ def _applied(model: Any) -> tuple[str, ...]:
 
 
 def adapter_layers(model: Any, adapter: str) -> dict[str, Any]:
-    """PEFT's LoRA layers that have this adapter, by the name of the linear that each wraps."""
-    prefix = "base_model.model."
-    return {
-        name.removeprefix(prefix): module
-        for name, module in unwrapped(model).named_modules()
-        if adapter in getattr(module, "lora_A", {}) or adapter in getattr(module, "lora_embedding_A", {})
-    }
+    """PEFT's LoRA layers that have this adapter, by the name of the linear that each wraps.
+
+    Asked at every sync: of the parts of a layer, which are most of a model's modules, only the base is looked into.
+    """
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        inside = module._modules
+        parts = [inside[kind] for kind in ("lora_A", "lora_embedding_A") if kind in inside]
+        if any(adapter in part for part in parts):  # type: ignore[operator]
+            found[name.removeprefix("base_model.model.")] = module
+        for key, child in (("base_layer", inside.get("base_layer")),) if parts else inside.items():
+            if child is not None:
+                visit(child, f"{name}.{key}" if name else key)
+
+    visit(unwrapped(model), "")
+    return found
 
 
 def adapter_declined(model: Any) -> str | None:
