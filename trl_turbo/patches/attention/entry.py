@@ -1,6 +1,7 @@
 """Where the two features that run on a layout come in: transformers' tables, and the forward that scores.
 
-What this imports at its top must not import that forward: it is patched, from here, when it is imported first.
+Nothing but a call imports what imports that forward: it is patched from here while it is imported, by whatever comes to
+it first.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ def build(module: ModuleType, feature: str | None = None) -> Iterator[Replacemen
 
 def _first(feature: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """What is applied last comes first: packing, then attention on the padded batch, then neither."""
-    from trl_turbo.patches.attention import passes
 
     @functools.wraps(original)
     def arrange(*args: Any) -> Arranged | None:
+        from trl_turbo.patches.attention import passes
+
         return passes.arrange(feature, *args) or original(*args)
 
     return arrange
