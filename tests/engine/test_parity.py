@@ -50,10 +50,15 @@ def exact() -> torch.nn.Module:
     return of_large_logits()
 
 
-def test_a_model_is_judged_by_its_own_rounding_where_that_is_more_than_in_general(exact, monkeypatch):
+@pytest.fixture(scope="module")
+def answer(exact) -> tuple[list[int], list[float]]:
+    return sampled(exact)
+
+
+def test_a_model_is_judged_by_its_own_rounding_where_that_is_more_than_in_general(exact, answer, monkeypatch):
     monkeypatch.setitem(parity.TOLERANCE, torch.bfloat16, 0.02)
     rounded = copy.deepcopy(exact).bfloat16()
-    found = parity.gap(rounded, PROMPT, *sampled(exact))
+    found = parity.gap(rounded, PROMPT, *answer)
     assert 0.02 < found.mean < found.tolerance
     assert found.reason is None
     assert not any(module._forward_hooks for module in rounded.modules())
@@ -71,7 +76,7 @@ def test_layers_with_an_adapter_run_as_in_training(exact):
     assert 0 < parity.explained(model, ids, len(PROMPT)) < parity.LARGEST
 
 
-@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("layer", [0, 3])
 def test_other_weights_in_one_linear_are_no_rounding(exact, layer):
     other = copy.deepcopy(exact)
     with torch.no_grad():
@@ -82,25 +87,25 @@ def test_other_weights_in_one_linear_are_no_rounding(exact, layer):
 
 
 @pytest.mark.parametrize("off", [0.0, 5.0])
-def test_ranks_whose_forwards_wait_for_each_other_call_as_often_whatever_they_find(exact, off):
+def test_ranks_whose_forwards_wait_for_each_other_call_as_often_whatever_they_find(exact, answer, off):
     model, calls = copy.deepcopy(exact).bfloat16(), []
-    ids, logprobs = sampled(exact)
+    ids, logprobs = answer
     model.register_forward_hook(lambda *_: calls.append(1))
     found = parity.gap(model, PROMPT, ids, [p - off for p in logprobs], in_step=True)
     assert (found.reason is not None) == bool(off)
     assert len(calls) == 3
 
 
-def test_what_rounding_explains_has_an_end(exact):
+def test_what_rounding_explains_has_an_end(exact, answer):
     chaotic = copy.deepcopy(exact).bfloat16()
     with torch.no_grad():
         chaotic.lm_head.weight.mul_(100)
-    ids, logprobs = sampled(exact)
+    ids, logprobs = answer
     assert parity.gap(chaotic, PROMPT, ids, logprobs).tolerance == parity.LARGEST
 
 
-def test_nan_is_refused(exact):
-    ids, logprobs = sampled(exact)
+def test_nan_is_refused(exact, answer):
+    ids, logprobs = answer
     assert parity.gap(exact, PROMPT, ids, [float("nan")] * len(logprobs)).reason is not None
     broken = copy.deepcopy(exact)
     with torch.no_grad():
