@@ -1,6 +1,7 @@
 """What an installed vLLM has of what the engine uses, by looking: TRL 0.29.1 takes 0.10.2 to 0.12, TRL 1.16 up to 0.31.
 
-What a vLLM lacks is left out where the engine runs without it; where it does not, the engine is declined.
+What a vLLM lacks is left out where the engine runs without it; where it does not, the engine is declined. What all keep
+for the process, and an engine must have for itself, is here too.
 """
 
 from __future__ import annotations
@@ -40,3 +41,17 @@ def compilation(config: dict[str, Any]) -> dict[str, Any]:
     known = set(CompilationConfig.__dataclass_fields__)
     renamed = {"level" if name == "mode" and name not in known else name: value for name, value in config.items()}
     return {name: value for name, value in renamed.items() if name in known}
+
+
+def forget_graph_pool() -> None:
+    """Let the next engine's graphs go into a pool of its own; vLLM keeps one for the process.
+
+    Where its graphs are gone, and where tensors of an engine that is gone still lie in it, such as those that a
+    notebook's output shows, torch refuses to capture into it again (seen with torch 2.11: the assertion `use_count > 0`
+    of its allocator), and the process can capture no graph any more.
+    """
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    if hasattr(platform, "_global_graph_pool"):
+        platform._global_graph_pool = None

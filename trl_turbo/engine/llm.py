@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import vllm
 
-from trl_turbo.engine import failure, served
+from trl_turbo.engine import abilities, failure, served
 from trl_turbo.engine.adapter_config import active_adapter
 from trl_turbo.engine.checks import declined, parallelism, unservable
 from trl_turbo.engine.errors import EngineDeclinedError, WeightsMovedError
@@ -356,14 +356,9 @@ def _nothing_collected() -> Iterator[None]:
 def _release_pools() -> None:
     """Let go of the memory pools of an engine that was given up: the next one would abort the process over them.
 
-    vLLM's worker does it when it shuts down, which one that never came to be does not. vLLM's pool of graphs, which is
-    one for the process, died with the engine's: torch captures nothing into it any more.
+    vLLM's worker does it when it shuts down, which one that never came to be does not.
     """
-    from vllm.platforms import current_platform
-
-    platform: Any = type(current_platform)
-    if hasattr(platform, "_global_graph_pool"):
-        platform._global_graph_pool = None
+    abilities.forget_graph_pool()
     module = sys.modules.get("vllm.device_allocator.cumem")
     allocator = module.CuMemAllocator.instance if module is not None else None
     # Memory that is still held is another engine's, which goes on

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
-from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
+from trl_turbo.engine import abilities
 from trl_turbo.engine.burst import Executes
 from trl_turbo.engine.together import StartsTogether
 from trl_turbo.report import note
@@ -52,15 +52,8 @@ class SharedWorker(StartsTogether, Executes, Worker):
         return reason
 
     def init_device(self) -> None:
-        """As vLLM's; graphs go into a pool of this engine's own.
-
-        vLLM keeps one for the process. Where tensors of an engine that is gone still lie in it, such as those that a
-        notebook's output shows, torch refuses to capture into it again (seen with torch 2.11: the assertion
-        `use_count > 0` of its allocator), and the process can capture no graph any more.
-        """
-        platform: Any = type(current_platform)
-        if hasattr(platform, "_global_graph_pool"):
-            platform._global_graph_pool = None
+        """As vLLM's; graphs go into a pool of this engine's own."""
+        abilities.forget_graph_pool()
         super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:
