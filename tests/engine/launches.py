@@ -45,7 +45,7 @@ def found(out: Path, result: subprocess.CompletedProcess[str]) -> list[dict[str,
     """What each rank found, by label."""
     files = [out / f"rank-{rank}.pt" for rank in range(2)]
     assert all(file.exists() for file in files), result.stderr[-4000:]
-    return [torch.load(file, weights_only=False) for file in files]
+    return [torch.load(file, map_location="cpu", weights_only=False) for file in files]
 
 
 def assert_pushed(found: dict[str, Any], bound: float) -> None:
