@@ -22,6 +22,7 @@ from trl_turbo.memory_plan import predict
 from trl_turbo.memory_plan import sizes as model_sizes
 from trl_turbo.memory_plan.layer import TILE_ROWS, layer_bytes
 from trl_turbo.memory_plan.prediction import FEATURES, Settings
+from trl_turbo.memory_plan.table import KEPT as BY_TORCH
 from trl_turbo.memory_plan.table import REMEDIES
 
 from .models import ALONE
@@ -217,6 +218,18 @@ def test_what_patch_has_on_by_default_is_planned_by_default() -> None:
     # What is off unless asked for is not counted on
     everything = predict(config(), lora_rank=0, completion=4 * TILE_ROWS, features=FEATURES)
     assert everything.moments["backward"]["one layer"] < plan.moments["backward"]["one layer"]
+
+
+def test_a_little_cache_stands_beside_what_torch_keeps() -> None:
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128_256}
+    model = config("LlamaConfig", num_attention_heads=32, num_key_value_heads=8, head_dim=128, **large)
+    little = predict(model, group=8, prompt=128, completion=64, lora_rank=0)  # as in grpo_8b_full
+    trained = little.phase_bytes("training")
+    assert trained is not None
+    assert little.phase_bytes("rollout") == trained > 0
+    assert little.largest_part()[0] != "rollout"
+    much = predict(model, group=64, prompt=128, completion=4096, lora_rank=0)
+    assert BY_TORCH not in much.moments["rollout"]
 
 
 def test_settings_move_the_parts_that_they_are_for() -> None:

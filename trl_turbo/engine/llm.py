@@ -22,12 +22,10 @@ from trl_turbo.engine.memory import MemoryReport
 from trl_turbo.engine.served import ServedEngine
 from trl_turbo.engine.serving import Trainee, must_share, take
 from trl_turbo.engine.shared import SharedEngine
+from trl_turbo.engine.sizing import LITTLE_CACHE
 from trl_turbo.engine.start import Start, prepare
 from trl_turbo.engine.together import together
 from trl_turbo.report import logger, note
-
-# A KV cache of this share of what torch holds may stand beside torch's cache
-_LITTLE = 0.02
 
 
 class TurboLLM(vllm.LLM):
@@ -283,7 +281,8 @@ class TurboLLM(vllm.LLM):
             # What training left in torch's cache would stand beside the KV cache, and a step's peak be their sum. Where
             # the KV cache is little of it, they may: full fine-tuning of 8B parameters leaves some 30 GiB in pieces
             # there, which the driver would have to give out anew in each step.
-            if shared.released_bytes > _LITTLE * torch.cuda.memory_reserved():
+            little = shared.released_bytes <= LITTLE_CACHE * torch.cuda.memory_reserved()
+            if not little or torch.cuda.mem_get_info()[0] < 2 * shared.released_bytes:
                 torch.cuda.empty_cache()
             super().wake_up()
             shared.kv_released = False

@@ -14,6 +14,8 @@ PROMPT_GUESS = 512
 PROMPT_FLOOR = 8192
 #: TRL's own value: the batch of a prefill, which bounds vLLM's activations.
 MAX_BATCHED_TOKENS = 4096
+#: A KV cache of this share of what torch holds may stand beside torch's cache.
+LITTLE_CACHE = 0.02
 #: One captured graph's own memory, and its share of the pool: 100 MiB for four of them over 28 layers (one H200).
 GRAPH_BYTES = 25 << 20
 

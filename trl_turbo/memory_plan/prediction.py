@@ -12,7 +12,7 @@ from trl_turbo.kernels.linear_logprob import plan as tiles
 from trl_turbo.memory_plan import sizes as model_sizes
 from trl_turbo.memory_plan.layer import layer_bytes
 from trl_turbo.memory_plan.sizes import Sizes
-from trl_turbo.memory_plan.table import BACKWARD, ROLLOUT, SCORING, MemoryPlan
+from trl_turbo.memory_plan.table import BACKWARD, KEPT, ROLLOUT, SCORING, MemoryPlan
 
 MIB = 1 << 20
 #: Features of `patch()` that change memory.
@@ -233,6 +233,10 @@ def make(
     moments[BACKWARD] = trained | between | {"one layer": layer} | _mask(settings)
     for parts in moments.values():
         parts["fragmentation"] = int(FRAGMENTATION * sum(size for part, size in parts.items() if part in _COMING))
+    if "rollout" in settings.features and settings.releases_kv and ROLLOUT in moments:
+        most = max(sum(moments[moment].values()) for moment in (SCORING, BACKWARD))
+        if cache <= sizing.LITTLE_CACHE * most:  # the engine leaves torch what training took
+            moments[ROLLOUT][KEPT] = max(0, most - sum(moments[ROLLOUT].values()))
 
     def again(**changes: Any) -> MemoryPlan:
         other = replace(settings, **changes)

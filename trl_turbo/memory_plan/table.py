@@ -9,6 +9,8 @@ from typing import Any
 GIB = 1 << 30
 #: Moments of a step, in order: sampling, making log-probs, and backward through the layers.
 ROLLOUT, SCORING, BACKWARD = "rollout", "scoring", "backward"
+#: What torch has from training and keeps in a rollout whose KV cache is little, where there is room.
+KEPT = "kept by torch"
 #: The phases that are measured, and the moments in them.
 PHASES = {"rollout": (ROLLOUT,), "training": (SCORING, BACKWARD)}
 #: Arguments of trainers for the tokens of a completion; `max_completion_length` of the others.
@@ -87,7 +89,7 @@ class MemoryPlan:
             phase: Look at its moments alone.
         """
         moments = [m for m in (PHASES[phase] if phase else self.moments) if m in self.moments]
-        moment = max(moments, key=self.total)
+        moment = max(moments, key=lambda moment: self.total(moment) - self.moments[moment].get(KEPT, 0))
         parts = {part: size for part, size in self.moments[moment].items() if part in REMEDIES}
         # Weights are there for a reason: something that grows with the sequences is what overflowed
         growing = {part: size for part, size in parts.items() if part not in ("weights", "adapters")}
