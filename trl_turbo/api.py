@@ -20,6 +20,7 @@ def patch(
     rollout: bool | Literal["script"] | None = None,
     rollout_adapter: Literal["auto", "merged", "served"] | None = None,
     rollout_burst: Literal["auto", "off"] | None = None,
+    rollout_kernels: Literal["auto", "off"] | None = None,
     rollout_kv_cache_dtype: Literal["auto", "fp8"] | None = None,
     shared_pass: bool | None = None,
     lora: bool | None = None,
@@ -61,6 +62,8 @@ def patch(
             16-bit base. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_ADAPTER``, and that to ``auto``.
         rollout_burst: ``"off"`` takes every token through vLLM's scheduler by itself, instead of 16 at a time while all
             sequences just go on. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_BURST``, and that to ``auto``.
+        rollout_kernels: ``"off"`` leaves CUDA graphs of small decode batches to vLLM's kernels. ``None`` leaves it to
+            ``TRL_TURBO_ROLLOUT_KERNELS``, and that to ``auto``: our own where they compute what the model does.
         rollout_kv_cache_dtype: ``"fp8"`` halves the KV cache of a 16-bit model; samples then come from a slightly
             different policy. ``None`` leaves it to ``TRL_TURBO_ROLLOUT_KV_CACHE_DTYPE``, and that to ``auto``, the
             model's own dtype.
@@ -115,6 +118,7 @@ def patch(
             "rollout": rollout,
             "rollout_adapter": rollout_adapter,
             "rollout_burst": rollout_burst,
+            "rollout_kernels": rollout_kernels,
             "rollout_kv_cache_dtype": rollout_kv_cache_dtype,
             "shared_pass": shared_pass,
             "lora": lora,

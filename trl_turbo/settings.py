@@ -26,6 +26,7 @@ ON_OFF = ("on", "off")
 WORDS: dict[str, tuple[str, ...]] = {
     "rollout_adapter": ("auto", "merged", "served"),
     "rollout_burst": ("auto", "off"),
+    "rollout_kernels": ("auto", "off"),
     "rollout_kv_cache_dtype": ("auto", "fp8"),
     **{f"guard_{name}": ON_OFF for name in GUARDS},
 }

@@ -115,6 +115,26 @@ def dequantise(about: About, results: Results) -> str:
 
 
 @section
+def paged_attention(about: About, results: Results) -> str:
+    """The section's table, in Markdown."""
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
+        f"{about['triton']}, vLLM {about['vllm']}.",
+        "",
+        "![paged_attention](../benchmarks/results/paged_attention.png)",
+        "",
+        "| model | sequences | trl_turbo, us a layer | vLLM, us a layer |",
+        "|---" * 4 + "|",
+    ]
+    for row in results:
+        mine, other = (row["timings"].get(name, {}).get("median_us") for name in ("trl_turbo", "vllm"))
+        cells = [row["model"], f"{row['rows']} x {row['length']:,}", f"{mine:,.1f}"]
+        cells.append(f"{other:,.1f} ({other / mine:.2f}x)" if other else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@section
 def blocks(about: About, results: Results) -> str:
     """The section's tables, in Markdown."""
     names = list(dict.fromkeys(name for row in results for name in row["forward"]["timings"]))

@@ -20,6 +20,7 @@ SECTIONS = {
     "lora_fold": kernels.lora_fold,
     "lora": kernels.lora,
     "dequantise": kernels.dequantise,
+    "paged_attention": kernels.paged_attention,
     "blocks": kernels.blocks,
     "attention": kernels.attention,
     "packing": kernels.packing,

@@ -9,10 +9,11 @@ import torch
 from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
 from vllm.v1.worker.gpu_worker import Worker
 
-from trl_turbo.engine import abilities
+from trl_turbo.engine import abilities, decode
 from trl_turbo.engine.burst import Executes
 from trl_turbo.engine.together import StartsTogether
 from trl_turbo.report import note
+from trl_turbo.settings import setting
 
 #: What `worker_cls` takes.
 QUALNAME = f"{__name__}.SharedWorker"
@@ -28,6 +29,7 @@ class SharedWorker(StartsTogether, Executes, Worker):
     """
 
     graph_bytes = 0
+    kernels: decode.DecodeKernels | None = None
     _lean: Any = None
     _lean_asked = False
 
@@ -48,7 +50,7 @@ class SharedWorker(StartsTogether, Executes, Worker):
             return str(error)
         reason = unfit(self.model_runner)
         if reason is None:
-            self._lean = LeanSteps(self.model_runner)
+            self._lean = LeanSteps(self.model_runner, self.kernels.own_attention if self.kernels is not None else set())
         return reason
 
     def init_device(self) -> None:
@@ -57,11 +59,12 @@ class SharedWorker(StartsTogether, Executes, Worker):
         super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:
-        """As vLLM's; keeps what it measures while it captures CUDA graphs."""
+        """As vLLM's; CUDA graphs capture our kernels for few sequences, and what they cost is kept."""
         capture = self.model_runner.capture_model
 
         def measured() -> int:
-            self.graph_bytes = capture()
+            with self._our_kernels():
+                self.graph_bytes = capture()
             return self.graph_bytes
 
         self.model_runner.capture_model = measured
@@ -69,6 +72,17 @@ class SharedWorker(StartsTogether, Executes, Worker):
             return super().compile_or_warm_up_model()
         finally:
             del self.model_runner.capture_model
+
+    def _our_kernels(self) -> AbstractContextManager[object]:
+        if setting("rollout_kernels") == "off":
+            return nullcontext()
+        if self.vllm_config.compilation_config.mode:
+            note("rollout", "decode steps run vLLM's kernels alone, because the script has vLLM compile the model")
+            return nullcontext()
+        self.kernels = decode.DecodeKernels(self.model_runner.model)
+        for sentence in self.kernels.declined:
+            note("rollout", sentence)
+        return self.kernels.captured()
 
     def sleep(self, level: int = 1) -> None:  # noqa: ARG002 (whatever the level, the cache alone is given up)
         """Give the KV cache's memory back to the driver.

@@ -1,0 +1,100 @@
+"""Layers of a real vLLM model hand over to our kernels while they are asked to, and are as they were afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine.models import saved
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def engine(tmp_path, turbo):
+    model, _ = saved(tmp_path, "qwen2_tied", initializer_range=0.05)
+    llm = turbo(model)
+    assert llm.shared is not None, llm.declined
+    return llm
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What our kernels were asked for: on a CPU they compute the reference, and take any shape here."""
+    from trl_turbo.engine import decode_mlp
+
+    found = []
+    monkeypatch.setattr(decode_mlp, "fits", lambda x, weight: True)
+    for name in ("skinny_gated", "skinny_linear"):
+        kernel = getattr(decode_mlp, name)
+
+        def counted(x, *rest, name=name, kernel=kernel):
+            found.append((name, len(x)))
+            return kernel(x, *rest)
+
+        monkeypatch.setattr(decode_mlp, name, counted)
+    return found
+
+
+def model_of(llm):
+    return llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+
+def sampled(llm):
+    import vllm
+
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": list(range(9, 20 + row))} for row in range(3)], params, use_tqdm=False)
+    outputs = [o.outputs[0] for o in outputs]
+    return [list(o.token_ids) for o in outputs], torch.tensor(
+        [[step[token].logprob for step, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs]
+    )
+
+
+def test_mlps_hand_over_for_few_sequences_that_decode(engine, calls):
+    from trl_turbo.engine.decode_mlp import GatedMLPs
+
+    ids, logps = sampled(engine)
+    mlps = GatedMLPs(model_of(engine))
+    assert mlps.declined is None
+    with mlps.in_place():
+        ids_ours, logps_ours = sampled(engine)
+    assert set(calls) == {("skinny_gated", 3), ("skinny_linear", 3)}  # no prefill
+    assert len(calls) == 2 * 2 * 11  # both products of two layers, for each token after the first
+    assert ids_ours == ids
+    torch.testing.assert_close(logps_ours, logps, rtol=0, atol=64 * 2**-23 * logps.abs().max().item())
+    calls.clear()
+    sampled(engine)
+    assert not calls
+    assert not any("forward" in vars(module) for module in model_of(engine).modules())
+
+
+def test_a_model_that_does_more_keeps_its_own_first_product(engine, calls):
+    from trl_turbo.engine.decode_mlp import GatedMLPs
+
+    model = model_of(engine)
+    kind = type(next(module for module in model.modules() if hasattr(module, "act_fn")))
+
+    def forward(self, x):
+        gate_up, _ = self.gate_up_proj(x)
+        x, _ = self.down_proj(self.act_fn(1.0 * gate_up))  # no longer what the first product gave
+        return x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "forward", forward)
+        ids, _ = sampled(engine)
+        with GatedMLPs(model).in_place():
+            sampled(engine)  # what would be the warm-up, of wrong numbers; its second token knows
+            calls.clear()
+            assert sampled(engine)[0] == ids
+        assert {name for name, _ in calls} == {"skinny_linear"}
+
+
+def test_attention_says_what_it_was_not_made_for(engine):
+    from trl_turbo.engine.decode import DecodeKernels
+
+    kernels = DecodeKernels(model_of(engine))
+    (said,) = kernels.declined
+    assert "decode steps run vLLM's attention" in said
+    assert "FlashAttentionImpl is what was looked at" in said
+    assert kernels.own_attention == set()
