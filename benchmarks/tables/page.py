@@ -20,6 +20,7 @@ SECTIONS = {
     "lora_fold": kernels.lora_fold,
     "lora": kernels.lora,
     "dequantise": kernels.dequantise,
+    "skinny": kernels.skinny,
     "blocks": kernels.blocks,
     "attention": kernels.attention,
     "packing": kernels.packing,

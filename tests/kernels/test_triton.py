@@ -16,7 +16,17 @@ TWINS = [
     HERE / "twins.py",
     *(
         HERE / op / "twins.py"
-        for op in ("lora_fold", "token_logprob", "rms_norm", "rope", "gated", "attention", "lora", "dequantise")
+        for op in (
+            "lora_fold",
+            "token_logprob",
+            "rms_norm",
+            "rope",
+            "gated",
+            "attention",
+            "lora",
+            "dequantise",
+            "skinny",
+        )
     ),
 ]
 each_file = pytest.mark.parametrize("twins", TWINS, ids=lambda path: path.parent.name)
