@@ -96,8 +96,11 @@ def test_rounded_where_two_kernels_write(dtype):
     if dtype == torch.float32:
         torch.testing.assert_close(found, skinny_gated_reference(x, weight, "silu"), rtol=8 * 2**-23, atol=8 * 2**-23)
     else:
-        assert torch.equal(found, skinny_gated_reference(x, weight, "silu"))
-        assert not torch.equal(found, skinny_gated_reference(x.double(), weight.double(), "silu").to(dtype))
+        wanted = skinny_gated_reference(x, weight, "silu")
+        once = skinny_gated_reference(x.double(), weight.double(), "silu").to(dtype)
+        # Of 256: a last bit of exp can turn a rounding
+        assert (found != wanted).sum() <= 2 * CUDA
+        assert (once != wanted).sum() > 20
 
 
 @each_dtype

@@ -56,7 +56,7 @@ def gated_tile(m: int, n: int, k: int, processors: int = PROCESSORS) -> Tile:
     found = MEASURED.get(("gated", _padded(m), n, k))
     if found is not None:
         return found
-    tiles = [_gated(m, n, k, share, 128, 4, processors) for share in PER_PROCESSOR[1:]]
+    tiles = [_gated(m, k, _even(n, share, processors), share, 128, 4) for share in PER_PROCESSOR[1:]]
     return max(tiles, key=lambda tile: tile.rows / tile.block_n)
 
 
@@ -69,21 +69,28 @@ def linear_tile(m: int, n: int, k: int, processors: int = PROCESSORS) -> Tile:
 def candidates(kind: str, m: int, n: int, k: int, processors: int = PROCESSORS) -> list[Tile]:
     """What to measure for M rows and a weight: "gated" of halves [N, K], or "linear" [N, K]."""
     found = [gated_tile(m, n, k, processors) if kind == "gated" else linear_tile(m, n, k, processors)]
-    found += [replace(found[0], **option) for option in ({"swap": False}, {"warps": 2}, {"stages": 3})]
-    for share in PER_PROCESSOR:
-        for block_k in (64, 128, 256):
-            for warps in (4, 8):
-                if kind == "gated":
-                    found.append(_gated(m, n, k, share, block_k, warps, processors))
-                else:
-                    found += [_linear(m, n, k, rows, share, block_k, warps, processors) for rows in (16, 32, 64)]
+    found += [replace(found[0], **option) for option in ({"swap": False}, {"stages": 3})]
+    shares = [(_even(n, share, processors), share) for share in PER_PROCESSOR]
+    # And some that divide most weights, for which no masks are needed
+    shares += [(rows, max(2, min(5, ceil_div(ceil_div(n, rows), processors)))) for rows in (16, 32)]
+    for block_k in (64, 128, 256):
+        for warps in (2, 4, 8):
+            if kind == "gated":
+                found += [_gated(m, k, rows, share, block_k, warps) for rows, share in shares]
+            else:
+                for rows in (16, 32, 64):
+                    found += [_linear(m, n, k, rows, share, block_k, warps, processors) for share in PER_PROCESSOR]
     # With two stages nothing is read ahead
     return list(dict.fromkeys(found[:1] + [tile for tile in found if tile.stages > 2]))
 
 
-def _gated(m: int, n: int, k: int, share: int, block_k: int, warps: int, processors: int) -> Tile:
-    """As many programs as make `share` of them a processor, all at once."""
-    rows = max(8, min(ceil_div(n, share * processors), 64))
+def _even(n: int, share: int, processors: int) -> int:
+    """Rows of a program where there are `share` of them a processor."""
+    return max(8, min(ceil_div(n, share * processors), 64))
+
+
+def _gated(m: int, k: int, rows: int, share: int, block_k: int, warps: int) -> Tile:
+    """Programs of so many rows, `share` of them on a processor at once."""
     tile = Tile(rows, min(block_k, _whole(k)), warps, 2)
     return replace(tile, stages=_stages(tile, m, 2, share))
 
@@ -101,7 +108,7 @@ def _stages(tile: Tile, m: int, halves: int, share: int) -> int:
     step = (halves * tile.block_n + tile.block_m(m)) * tile.block_k * 2
     # Triton keeps one buffer less than stages; but as many where the product is Hopper's instruction for four warps,
     # which reads its operands there while the next are on their way
-    spare = 0 if tile.block_n >= 64 and tile.block_m(m) >= 16 else 1
+    spare = 0 if tile.block_n >= 64 and tile.block_m(m) >= 16 and tile.warps >= 4 else 1
     return max(2, min(7, SHARED_BYTES // (share * step) + spare))
 
 
