@@ -135,6 +135,30 @@ def paged_attention(about: About, results: Results) -> str:
 
 
 @section
+def skinny(about: About, results: Results) -> str:
+    """The section's table, in Markdown."""
+    peers = list(dict.fromkeys(name for row in results for name in row["timings"] if name != "trl_turbo"))
+    lines = [
+        f"{about['card']}, driver {about['driver']}, CUDA {about['cuda']}; torch {about['torch']}, triton "
+        f"{about['triton']}, vLLM {about['vllm']}.",
+        "",
+        "![skinny](../benchmarks/results/skinny.png)",
+        "",
+        f"| model | layer | rows | weight | trl_turbo, us | {' | '.join(f'{name}, us' for name in peers)} | GB/s |",
+        "|---" * (len(peers) + 6) + "|",
+    ]
+    for row in results:
+        times = {name: timing["median_ms"] * 1e3 for name, timing in row["timings"].items()}
+        cells = [row["model"], row["op"], str(row["m"]), "{:,} x {:,}".format(*row["shape"])]
+        cells.append(f"{times['trl_turbo']:.1f}")
+        for name in peers:
+            ratio = f"{times[name]:.1f} ({times[name] / times['trl_turbo']:.2f}x)" if name in times else "-"
+            cells.append(ratio)
+        lines.append(f"| {' | '.join([*cells, format(row['gbps'], ',.0f')])} |")
+    return "\n".join(lines)
+
+
+@section
 def blocks(about: About, results: Results) -> str:
     """The section's tables, in Markdown."""
     names = list(dict.fromkeys(name for row in results for name in row["forward"]["timings"]))

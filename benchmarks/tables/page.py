@@ -21,6 +21,7 @@ SECTIONS = {
     "lora": kernels.lora,
     "dequantise": kernels.dequantise,
     "paged_attention": kernels.paged_attention,
+    "skinny": kernels.skinny,
     "blocks": kernels.blocks,
     "attention": kernels.attention,
     "packing": kernels.packing,

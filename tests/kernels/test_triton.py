@@ -26,6 +26,7 @@ TWINS = [
             "lora",
             "dequantise",
             "paged_attention",
+            "skinny",
         )
     ),
 ]

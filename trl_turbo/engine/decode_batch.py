@@ -44,5 +44,5 @@ def unexpected(module: str, what: str) -> None:
     Raises:
         RuntimeError: In a capture.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{module} got {what}; call patch(rollout_kernels='off') and report it")
