@@ -11,6 +11,7 @@ tiles, and writes OUT_tiles.json. Without a CUDA device it runs a tiny size, to 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from collections.abc import Callable
@@ -22,13 +23,12 @@ import torch
 from torch.nn import functional
 
 from benchmarks import measure
+from benchmarks.kernels.blocks import CUDA, DEVICE, device_ms
 from trl_turbo.kernels.gated import gated_forward
 from trl_turbo.kernels.linear_logprob.reference import excess_error
 from trl_turbo.kernels.skinny import Workspace, skinny_gated, skinny_linear, tiles
 from trl_turbo.kernels.skinny.reference import skinny_gated_reference, skinny_linear_reference
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16
 #: Hidden size and columns of the MLP.
 MODELS = {"Qwen2.5-1.5B": (1536, 8960), "Llama-3.1-8B": (4096, 14336)} if CUDA else {"tiny": (64, 160)}
@@ -72,13 +72,18 @@ def with_vllm_activation(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@functools.cache
 def has_vllm() -> bool:
+    if not CUDA:
+        return False
     try:
         import vllm._C  # noqa: F401
 
-        return CUDA and hasattr(torch.ops._C, "silu_and_mul")
-    except (ImportError, OSError, RuntimeError):
+        with_vllm_activation(torch.ones(1, 16, device=DEVICE), torch.ones(32, 16, device=DEVICE))
+    except Exception as error:  # other versions have it elsewhere
+        print(f"without vLLM's activation: {type(error).__name__}: {error}")
         return False
+    return True
 
 
 def contestants(op: str) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
@@ -112,7 +117,7 @@ def check(op: str, call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x
 
 
 def graph_of(calls: list[Call]) -> tuple[Callable[[], object], torch.Tensor]:
-    """What runs all of them REPEATS times, and where the last one's result lies. Each ran before, outside of it."""
+    """What runs all of them REPEATS times, and where the last one's result lies; outside of it the first runs once."""
     if not CUDA:
         kept = [call() for call in calls]
         return lambda: [call() for call in calls], kept[-1]
@@ -144,7 +149,8 @@ def replayed(
 
 
 def layer_ms(replay: Callable[[], object]) -> float:
-    return measure.one_ms(replay) / (LAYERS * REPEATS)
+    """Time of a layer in one replay, whose beginning is hidden behind a sleeping kernel."""
+    return device_ms([replay], 1)[0] / (LAYERS * REPEATS)
 
 
 def bench(model: str, op: str, m: int, made: list[torch.Tensor], rounds: int) -> dict[str, Any]:
