@@ -51,50 +51,39 @@ def sampled(llm):
     )
 
 
-def test_mlps_hand_over_for_few_sequences_that_decode(engine, calls):
-    from trl_turbo.engine.decode_mlp import GatedMLPs
+def test_layers_hand_over_for_few_sequences_that_decode(engine, calls):
+    from trl_turbo.engine.decode import DecodeKernels
 
+    model = model_of(engine)
     ids, logps = sampled(engine)
-    mlps = GatedMLPs(model_of(engine))
-    assert mlps.declined is None
-    with mlps.in_place():
+    kernels = DecodeKernels(model)
+    (said,) = kernels.declined  # on a CPU
+    assert "decode steps run vLLM's attention" in said
+    assert "FlashAttentionImpl is what was looked at" in said
+    with kernels.captured():
         ids_ours, logps_ours = sampled(engine)
     assert set(calls) == {("skinny_gated", 3), ("skinny_linear", 3)}  # no prefill
     assert len(calls) == 2 * 2 * 11  # both products of two layers, for each token after the first
     assert ids_ours == ids
     torch.testing.assert_close(logps_ours, logps, rtol=0, atol=64 * 2**-23 * logps.abs().max().item())
+    assert kernels.own_attention == set()
     calls.clear()
     sampled(engine)
     assert not calls
-    assert not any("forward" in vars(module) for module in model_of(engine).modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
-
-def test_a_model_that_does_more_keeps_its_own_first_product(engine, calls):
-    from trl_turbo.engine.decode_mlp import GatedMLPs
-
-    model = model_of(engine)
+    # A model that does more between the two keeps its own first product
     kind = type(next(module for module in model.modules() if hasattr(module, "act_fn")))
 
     def forward(self, x):
         gate_up, _ = self.gate_up_proj(x)
-        x, _ = self.down_proj(self.act_fn(1.0 * gate_up))  # no longer what the first product gave
+        x, _ = self.down_proj(self.act_fn(1.0 * gate_up))
         return x
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "forward", forward)
-        ids, _ = sampled(engine)
-        with GatedMLPs(model).in_place():
+        with DecodeKernels(model).captured():
             sampled(engine)  # what would be the warm-up, of wrong numbers; its second token knows
             calls.clear()
             assert sampled(engine)[0] == ids
         assert {name for name, _ in calls} == {"skinny_linear"}
-
-
-def test_attention_says_what_it_was_not_made_for(engine):
-    from trl_turbo.engine.decode import DecodeKernels
-
-    kernels = DecodeKernels(model_of(engine))
-    (said,) = kernels.declined
-    assert "decode steps run vLLM's attention" in said
-    assert "FlashAttentionImpl is what was looked at" in said
-    assert kernels.own_attention == set()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
-from trl_turbo.engine.decode_batch import decodes, runs, unexpected
+from trl_turbo.engine.decode_batch import MOST_ROWS, decodes, runs, unexpected
+from trl_turbo.engine.decode_race import microseconds
 from trl_turbo.kernels.skinny import fits, skinny_gated, skinny_linear
+from trl_turbo.report import note
 
 
 class _MLP(NamedTuple):
@@ -33,6 +37,7 @@ class GatedMLPs:
     def __init__(self, model: Any) -> None:
         self._mlps: list[_MLP] = []
         self._kept: set[str] = set()  # whose activation gets something else than the product
+        self._faster: dict[tuple[str, int], bool] = {}  # a kernel, for so many rows or a tile of them
         self._waiting: tuple[str, torch.Tensor] | None = None
         try:
             self._mlps = _found(model)
@@ -48,7 +53,7 @@ class GatedMLPs:
             for mlp in self._mlps:
                 stack.enter_context(_multiplies(mlp.gate_up, self._first(mlp)))
                 stack.enter_context(runs(mlp.activation, self._pass_on(mlp, mlp.activation.forward)))
-                stack.enter_context(_multiplies(mlp.down, _second))
+                stack.enter_context(_multiplies(mlp.down, self._second))
             yield
         self._waiting = None
 
@@ -63,6 +68,8 @@ class GatedMLPs:
             if bias is not None or mlp.name in self._kept or _adapter_applies(mlp.gate_up):
                 return None
             if not decodes(x.shape[0]) or not fits(x, weight):
+                return None
+            if not self._wins("gated", x):
                 return None
             out = skinny_gated(x, weight, mlp.kind)
             self._waiting = mlp.name, out
@@ -84,9 +91,43 @@ class GatedMLPs:
 
         return pass_on
 
+    def _second(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if not decodes(x.shape[0]) or not fits(x, weight) or not self._wins("linear", x):
+            return None
+        return skinny_linear(x, weight, bias)
 
-def _second(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    return skinny_linear(x, weight, bias) if decodes(x.shape[0]) and fits(x, weight) else None
+    def _wins(self, kernel: str, x: torch.Tensor) -> bool:
+        """Whether a kernel is faster through all layers than what vLLM launches; looked at once, in a warm-up."""
+        key = kernel, 8 if len(x) <= 8 else MOST_ROWS  # as the kernels' tiles are
+        if key not in self._faster:
+            self._faster[key] = not x.is_cuda or self._race(kernel, x)
+        return self._faster[key]
+
+    def _race(self, kernel: str, x: torch.Tensor) -> bool:
+        ours: list[Callable[[], Any]] = []
+        theirs: list[Callable[[], Any]] = []
+        for mlp in self._mlps:
+            weight = _base(mlp.gate_up if kernel == "gated" else mlp.down).weight
+            if not fits(x, weight):
+                continue
+            if kernel == "gated":
+                ours.append(partial(skinny_gated, x, weight, mlp.kind))
+                theirs.append(partial(_then, type(mlp.activation).forward_cuda, mlp.activation, x, weight))
+            else:
+                ours.append(partial(skinny_linear, x, weight))
+                theirs.append(partial(functional.linear, x, weight))
+        mine, other = microseconds(ours), microseconds(theirs)
+        if mine >= other:
+            what = "gate and up projections" if kernel == "gated" else "down projections"
+            note(
+                "rollout",
+                f"{what} of {len(x)} rows run vLLM's kernels, which take {other:.1f} us here; ours {mine:.1f}",
+            )
+        return mine < other
+
+
+def _then(activation: Callable[..., Any], module: Any, x: torch.Tensor, weight: torch.Tensor) -> Any:
+    return activation(module, functional.linear(x, weight))
 
 
 def _found(model: Any) -> list[_MLP]:
