@@ -21,18 +21,18 @@ def engine(tmp_path, turbo):
 @pytest.fixture
 def calls(monkeypatch):
     """What our kernels were asked for: on a CPU they compute the reference, and take any shape here."""
-    from trl_turbo.engine import decode_mlp
+    from trl_turbo.engine import decode_products
 
     found = []
-    monkeypatch.setattr(decode_mlp, "fits", lambda x, weight: True)
+    monkeypatch.setattr(decode_products, "fits", lambda x, weight: True)
     for name in ("skinny_gated", "skinny_linear"):
-        kernel = getattr(decode_mlp, name)
+        kernel = getattr(decode_products, name)
 
         def counted(x, *rest, name=name, kernel=kernel):
             found.append((name, len(x)))
             return kernel(x, *rest)
 
-        monkeypatch.setattr(decode_mlp, name, counted)
+        monkeypatch.setattr(decode_products, name, counted)
     return found
 
 
@@ -63,7 +63,8 @@ def test_layers_hand_over_for_few_sequences_that_decode(engine, calls):
     with kernels.captured():
         ids_ours, logps_ours = sampled(engine)
     assert set(calls) == {("skinny_gated", 3), ("skinny_linear", 3)}  # no prefill
-    assert len(calls) == 2 * 2 * 11  # both products of two layers, for each token after the first
+    # The first product of each MLP, and down, qkv and o, in two layers for each token after the first
+    assert [calls.count(each) for each in sorted(set(calls))] == [2 * 11, 3 * 2 * 11]
     assert ids_ours == ids
     torch.testing.assert_close(logps_ours, logps, rtol=0, atol=64 * 2**-23 * logps.abs().max().item())
     assert kernels.own_attention == set()

@@ -16,9 +16,9 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def every_kernel(monkeypatch):
     """Those too that a tiny model would be faster without."""
-    from trl_turbo.engine.decode_mlp import GatedMLPs
+    from trl_turbo.engine.decode_products import Products
 
-    monkeypatch.setattr(GatedMLPs, "_wins", lambda *_: True)
+    monkeypatch.setattr(Products, "_wins", lambda *_: True)
 
 
 def started(folder, turbo, family="qwen2_tied"):
@@ -90,10 +90,10 @@ def test_off_is_off(tmp_path, turbo, monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["paged_decode", "skinny_gated", "skinny_linear"])
 def test_a_wrong_kernel_is_found_at_the_start(kernel, tmp_path, turbo, every_kernel, monkeypatch):
-    from trl_turbo.engine import decode_attention, decode_mlp
+    from trl_turbo.engine import decode_attention, decode_products
     from trl_turbo.engine.llm import EngineDeclinedError
 
-    module = decode_attention if kernel == "paged_decode" else decode_mlp
+    module = decode_attention if kernel == "paged_decode" else decode_products
     right = getattr(module, kernel)
     monkeypatch.setattr(module, kernel, lambda *args, **words: -right(*args, **words))
     with pytest.raises(EngineDeclinedError, match="log-prob"):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from trl_turbo.engine.decode_attention import Attention
-from trl_turbo.engine.decode_mlp import GatedMLPs
+from trl_turbo.engine.decode_products import Products
 
 
 class DecodeKernels:
@@ -28,8 +28,8 @@ class DecodeKernels:
 
     def __init__(self, model: Any) -> None:
         self.attention = Attention(model)
-        self.mlps = GatedMLPs(model)
-        self.declined = tuple(filter(None, (self.attention.declined, self.mlps.declined)))
+        self.products = Products(model)
+        self.declined = tuple(filter(None, (self.attention.declined, self.products.declined)))
 
     @property
     def own_attention(self) -> set[int]:
@@ -39,5 +39,5 @@ class DecodeKernels:
     @contextmanager
     def captured(self) -> Iterator[None]:
         """While open, the model's layers run our kernels where a batch of few sequences decodes."""
-        with self.attention.in_place(), self.mlps.in_place():
+        with self.attention.in_place(), self.products.in_place():
             yield

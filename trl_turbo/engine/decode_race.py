@@ -13,7 +13,7 @@ Calls = Sequence[Callable[[], object]]
 
 
 def microseconds(calls: Calls) -> float:
-    """The time of one of the calls inside a CUDA graph of all; each reads memory of its own, so that no cache serves it."""
+    """The time of a call inside a CUDA graph of all of them; each reads other memory, so that no cache serves it."""
     for call in calls:
         call()  # compiles, and makes what it keeps
     graph = torch.cuda.CUDAGraph()
