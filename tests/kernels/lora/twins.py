@@ -28,7 +28,7 @@ def make(rows, columns, gate_rank, up_rank, dtype):
 
     gate, up, grad = (tensor(rows, columns, scale=scale) for scale in (2, 1, 1))
     low = tensor(rows, gate_rank + up_rank)
-    made = [(tensor(columns, rank), scaling) if rank else None for rank, scaling in ((gate_rank, 1.7), (up_rank, 0.3))]
+    made = [tensor(columns, rank) if rank else None for rank in (gate_rank, up_rank)]
     return grad, gate, up, low, made
 
 
@@ -38,9 +38,8 @@ def plainly(grad, gate, up, low, sides, activation, dtype):
     for side in sides:
         part = 0.0
         if side is not None:
-            b, scaling = side
-            part = low[:, start : start + b.shape[1]].to(dtype) @ b.to(dtype).t() * scaling
-            start += b.shape[1]
+            part = low[:, start : start + side.shape[1]].to(dtype) @ side.to(dtype).t()
+            start += side.shape[1]
         parts.append(part)
     leaves = [(x.to(dtype) + part).requires_grad_() for x, part in zip((gate, up), parts, strict=True)]
     h = PLAIN[activation](leaves[0]) * leaves[1]

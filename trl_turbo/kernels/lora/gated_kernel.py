@@ -9,7 +9,9 @@ frozen linear itself, on one H200 with [33,792, 8,960] in bf16. Here it costs no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -20,8 +22,8 @@ from trl_turbo.kernels.launching import launch
 from trl_turbo.kernels.rows import on
 from trl_turbo.kernels.sizes import ceil_div, next_power_of_2
 
-#: lora_B [I, r] in the dtype of `low`, and the scaling, of gate's adapter and of up's; `None` where there is none.
-Sides = Sequence[tuple[torch.Tensor, float] | None]
+#: lora_B [I, r] in the dtype of `low`, of gate's adapter and of up's; `None` where there is none.
+Sides = Sequence[torch.Tensor | None]
 
 #: Rows and columns of a tile, tiles that a program goes down, and its warps: 16 elements of each half a thread. Of nine
 #: such shapes the fastest on one H200: 3.3 TB/s both ways with [11,264, 8,960] in bf16, where a copy has 4.1.
@@ -41,14 +43,14 @@ def _columns_of_b(b_ptr, column, has_column, RANK: tl.constexpr, R: tl.constexpr
 
 
 @triton.jit
-def _adapted(base, low_ptr, low_stride, b, scaling, row, has_row, RANK: tl.constexpr, R: tl.constexpr):
-    """base [M, N] plus scaling * low @ B.T, in float32."""
+def _adapted(base, low_ptr, low_stride, b, row, has_row, RANK: tl.constexpr, R: tl.constexpr):
+    """base [M, N] plus low @ B.T, in float32."""
     if RANK == 0:
         return base
     k = tl.arange(0, R)
     at = row[:, None] * low_stride + k[None, :]
     low = tl.load(low_ptr + at, mask=has_row[:, None] & (k < RANK)[None, :], other=0.0)
-    return base + scaling * tl.dot(low, b, input_precision="ieee")
+    return base + tl.dot(low, b, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -61,8 +63,6 @@ def forward_kernel(
     low_stride,
     gate_b_ptr,
     up_b_ptr,
-    gate_scaling,
-    up_scaling,
     n_rows,
     n_columns,
     ACTIVATION: tl.constexpr,
@@ -89,8 +89,8 @@ def forward_kernel(
         raw = tl.load(gate_ptr + at, mask=inside, other=0.0)
         up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
         gate = raw.to(tl.float32)
-        gate = _adapted(gate, gate_low_ptr, low_stride, gate_b, gate_scaling, row, has_row, GATE_RANK, GATE_R)
-        up = _adapted(up, up_low_ptr, low_stride, up_b, up_scaling, row, has_row, UP_RANK, UP_R)
+        gate = _adapted(gate, gate_low_ptr, low_stride, gate_b, row, has_row, GATE_RANK, GATE_R)
+        up = _adapted(up, up_low_ptr, low_stride, up_b, row, has_row, UP_RANK, UP_R)
         act, _ = activate(gate, ACTIVATION)
         tl.store(h_ptr + at, (act * up).to(raw.dtype), mask=inside)
 
@@ -108,8 +108,6 @@ def backward_kernel(
     low_stride,
     gate_b_ptr,
     up_b_ptr,
-    gate_scaling,
-    up_scaling,
     n_rows,
     n_columns,
     ACTIVATION: tl.constexpr,
@@ -137,8 +135,8 @@ def backward_kernel(
         up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         gate = raw.to(tl.float32)
-        gate = _adapted(gate, gate_low_ptr, low_stride, gate_b, gate_scaling, row, has_row, GATE_RANK, GATE_R)
-        up = _adapted(up, up_low_ptr, low_stride, up_b, up_scaling, row, has_row, UP_RANK, UP_R)
+        gate = _adapted(gate, gate_low_ptr, low_stride, gate_b, row, has_row, GATE_RANK, GATE_R)
+        up = _adapted(up, up_low_ptr, low_stride, up_b, row, has_row, UP_RANK, UP_R)
         act, slope = activate(gate, ACTIVATION)
         tl.store(h_ptr + at, (act * up).to(raw.dtype), mask=inside)
         tl.store(grad_gate_ptr + at, (grad * up * slope).to(raw.dtype), mask=inside)
@@ -153,7 +151,7 @@ def forward(
     activation: str,
     h: torch.Tensor,  # [N, I]
 ) -> torch.Tensor:
-    """h, written; `low` has the columns of gate's adapter and then those of up's."""
+    """h, written; `low` has the columns of gate's adapter, times its scaling, and then those of up's."""
     _launch(forward_kernel, (gate, up, h), low, sides, activation)
     return h
 
@@ -179,11 +177,9 @@ def _launch(
     activation: str,
 ) -> None:
     rows, columns = tensors[0].shape
-    ranks = [0 if side is None else side[0].shape[1] for side in sides]
-    padded = [max(_NARROWEST, next_power_of_2(rank)) for rank in ranks]
+    ranks = tuple([0 if side is None else side.shape[1] for side in sides])
     # Where there is no adapter nothing is read
-    b = [low if side is None else side[0].contiguous() for side in sides]
-    scalings = [0.0 if side is None else side[1] for side in sides]
+    b = [low if side is None else side.contiguous() for side in sides]
     with on(low.device):
         launch(
             kernel,
@@ -193,16 +189,14 @@ def _launch(
             low[:, ranks[0] :] if ranks[1] else low,
             low.stride(0),
             *b,
-            *scalings,
             rows,
             columns,
-            ACTIVATION=activation,
-            GATE_RANK=ranks[0],
-            GATE_R=padded[0],
-            UP_RANK=ranks[1],
-            UP_R=padded[1],
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-            STEPS=STEPS,
-            num_warps=WARPS,
+            **_constants(activation, *ranks),
         )
+
+
+@functools.cache  # of the few forms of a model: found once, they cost a look-up in each launch
+def _constants(activation: str, *ranks: int) -> dict[str, Any]:
+    gate, up = (max(_NARROWEST, next_power_of_2(rank)) for rank in ranks)
+    sizes = {"GATE_RANK": ranks[0], "GATE_R": gate, "UP_RANK": ranks[1], "UP_R": up}
+    return {"ACTIVATION": activation, **sizes, "ROWS": ROWS, "COLUMNS": COLUMNS, "STEPS": STEPS, "num_warps": WARPS}

@@ -95,12 +95,10 @@ def backward(
     return outputs
 
 
-def _sides(linears: Linears, cast: Cast) -> list[tuple[torch.Tensor, float] | None]:
-    """lora_B and the scaling of gate's adapter and of up's, `None` where there is none."""
+def _sides(linears: Linears, cast: Cast) -> list[torch.Tensor | None]:
+    """lora_B of gate's adapter and of up's, `None` where there is none."""
     b = iter(cast.b)
-    return [
-        (next(b), projection.adapters[0].scaling) if projection.adapters else None for projection in linears.projections
-    ]
+    return [next(b) if projection.adapters else None for projection in linears.projections]
 
 
 def _kernel(outputs: list[torch.Tensor], low: torch.Tensor, linears: Linears) -> ModuleType | None:

@@ -88,10 +88,13 @@ class Linears:
     Attributes:
         projections: The linears.
         adapters: All of theirs, in order.
+        ranks: Of the adapters.
         columns: Of `low` and `high` [N, R], those of each adapter.
         rank: R, the sum of the adapters' ranks.
         compute: In which dtype the adapters multiply.
+        scaling: That of all adapters, `None` where they have several.
         drops: Whether any adapter drops out.
+        plain: Whether they are one linear with one adapter that drops nothing, all in the dtype in which it multiplies.
         parameters: lora_A and lora_B of each adapter in turn.
     """
 
@@ -107,11 +110,15 @@ class Linears:
         self.projections = projections
         self.adapters = tuple(adapter for projection in projections for adapter in projection.adapters)
         self.compute = projections[0].compute
+        scalings = {adapter.scaling for adapter in self.adapters}
+        self.scaling = scalings.pop() if len(scalings) == 1 else None
         self.drops = any(adapter.dropout for adapter in self.adapters)
         self.parameters = tuple(x for adapter in self.adapters for x in (adapter.lora_A, adapter.lora_B))
-        ends = list(itertools.accumulate(adapter.rank for adapter in self.adapters))
+        self.ranks = [adapter.rank for adapter in self.adapters]
+        ends = list(itertools.accumulate(self.ranks))
         self.columns = tuple(slice(*ends) for ends in zip([0, *ends[:-1]], ends, strict=True)) if ends else ()
         self.rank = ends[-1] if ends else 0
+        self.plain = len(projections) == len(self.adapters) == 1 and not self.drops and _in_one_dtype(*projections)
         self._versioned = (*(x for p in projections for x in p.base.tensors()), *self.parameters)
 
     def check(self, x: torch.Tensor) -> None:
@@ -160,6 +167,10 @@ class Cast:
         if self._b is None:
             self._b = [to(adapter.lora_B, self._linears.compute) for adapter in self._linears.adapters]
         return self._b
+
+
+def _in_one_dtype(projection: Projection) -> bool:
+    return projection.compute == projection.result == projection.base.dtype
 
 
 def together(*projections: Projection) -> Linears:
