@@ -69,8 +69,25 @@ def product(halves: Halves, linears: Linears, cast: Cast, activation: str, *, ov
     return gated_kernel.forward(gate, up, low, _sides(linears, cast), activation, out)
 
 
+def adds_down(halves: Halves, down: Linears, states: States) -> bool:
+    """Whether `backward` adds what comes through down's adapter to the gradient of h itself."""
+    if not halves.apart or len(down.adapters) != 1 or any(state is not None for state in states):
+        return False
+    from . import gated_kernel
+
+    fits = down.compute == down.projections[0].base.dtype == halves.gate.dtype
+    return fits and down.rank <= gated_kernel.WIDEST_DOWN
+
+
 def backward(
-    grad_h: torch.Tensor, halves: Halves, linears: Linears, cast: Cast, activation: str, *, over: bool
+    grad_h: torch.Tensor,
+    halves: Halves,
+    linears: Linears,
+    cast: Cast,
+    activation: str,
+    *,
+    down: tuple[torch.Tensor, torch.Tensor] | None = None,
+    over: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """h again, and the gradients of gate and up, [N, I] each.
 
@@ -80,6 +97,7 @@ def backward(
         linears: As there.
         cast: Their adapters.
         activation: As there.
+        down: Of down's adapter `high` [N, r] and lora_A [r, I], where `adds_down` and grad_h lacks what they give.
         over: Whether gate and up may be written over.
     """
     gate, up, low, _, apart = halves
@@ -91,7 +109,7 @@ def backward(
 
     grad_h = grad_h.contiguous()
     outputs = grad_h, gate if over else torch.empty_like(gate), up if over else torch.empty_like(up)
-    gated_kernel.backward(grad_h, gate, up, low, _sides(linears, cast), activation, outputs)
+    gated_kernel.backward(grad_h, gate, up, low, _sides(linears, cast), down, activation, outputs)
     return outputs
 
 
@@ -118,4 +136,4 @@ def _kernel(outputs: list[torch.Tensor], low: torch.Tensor, linears: Linears) ->
     return gated_kernel if widest <= gated_kernel.WIDEST else None
 
 
-__all__ = ["Halves", "backward", "compute", "product"]
+__all__ = ["Halves", "adds_down", "backward", "compute", "product"]
