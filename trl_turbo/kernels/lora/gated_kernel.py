@@ -64,8 +64,7 @@ def forward_kernel(
     gate_ptr,
     up_ptr,
     h_ptr,
-    gate_low_ptr,
-    up_low_ptr,
+    low_ptr,
     low_stride,
     gate_b_ptr,
     up_b_ptr,
@@ -95,8 +94,8 @@ def forward_kernel(
         raw = tl.load(gate_ptr + at, mask=inside, other=0.0)
         up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
         gate = raw.to(tl.float32)
-        gate = _adapted(gate, gate_low_ptr, low_stride, gate_b, row, has_row, GATE_RANK, GATE_R)
-        up = _adapted(up, up_low_ptr, low_stride, up_b, row, has_row, UP_RANK, UP_R)
+        gate = _adapted(gate, low_ptr, low_stride, gate_b, row, has_row, GATE_RANK, GATE_R)
+        up = _adapted(up, low_ptr + GATE_RANK, low_stride, up_b, row, has_row, UP_RANK, UP_R)
         act, _ = activate(gate, ACTIVATION)
         tl.store(h_ptr + at, (act * up).to(raw.dtype), mask=inside)
 
@@ -109,8 +108,7 @@ def backward_kernel(
     h_ptr,
     grad_gate_ptr,
     grad_up_ptr,
-    gate_low_ptr,
-    up_low_ptr,
+    low_ptr,
     low_stride,
     gate_b_ptr,
     up_b_ptr,
@@ -153,8 +151,8 @@ def backward_kernel(
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         grad = _adapted(grad, high_ptr, high_stride, down_a, row, has_row, DOWN_RANK, DOWN_R)
         gate = raw.to(tl.float32)
-        gate = _adapted(gate, gate_low_ptr, low_stride, gate_b, row, has_row, GATE_RANK, GATE_R)
-        up = _adapted(up, up_low_ptr, low_stride, up_b, row, has_row, UP_RANK, UP_R)
+        gate = _adapted(gate, low_ptr, low_stride, gate_b, row, has_row, GATE_RANK, GATE_R)
+        up = _adapted(up, low_ptr + GATE_RANK, low_stride, up_b, row, has_row, UP_RANK, UP_R)
         act, slope = activate(gate, ACTIVATION)
         tl.store(h_ptr + at, (act * up).to(raw.dtype), mask=inside)
         tl.store(grad_gate_ptr + at, (grad * up * slope).to(raw.dtype), mask=inside)
@@ -211,7 +209,6 @@ def _launch(
             ceil_div(rows, ROWS * STEPS) * ceil_div(columns, COLUMNS),
             *tensors,
             low,
-            low[:, ranks[0] :] if ranks[1] else low,
             low.stride(0),
             *b,
             *further,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -121,19 +122,23 @@ def _sides(linears: Linears, cast: Cast) -> list[torch.Tensor | None]:
 
 def _kernel(outputs: list[torch.Tensor], low: torch.Tensor, linears: Linears) -> ModuleType | None:
     """The kernel that adds the adapters while it multiplies, where it takes them."""
-    if not takes(*outputs, low):  # without an adapter there is nothing to add
+    if not (linears.one_each and takes(*outputs, low)):  # without an adapter there is nothing to add
         return None
-    if any(len(projection.adapters) > 1 for projection in linears.projections):
-        return None
-    dtypes = {low.dtype, *(y.dtype for y in outputs), *(projection.result for projection in linears.projections)}
-    if len(dtypes) > 1 or not all(y.is_contiguous() for y in outputs):
-        return None
+    dtype = low.dtype
+    for y, projection in zip(outputs, linears.projections, strict=True):
+        if y.dtype != dtype or projection.result != dtype or not y.is_contiguous():
+            return None
+    kernel = _module()
+    return kernel if kernel is not None and max(linears.ranks) <= kernel.WIDEST else None
+
+
+@functools.cache  # an import statement inside a function costs each call of it
+def _module() -> ModuleType | None:
     try:
         from . import gated_kernel
     except ImportError:  # torch builds without Triton (Windows)
         return None
-    widest = max(adapter.rank for adapter in linears.adapters)
-    return gated_kernel if widest <= gated_kernel.WIDEST else None
+    return gated_kernel
 
 
 __all__ = ["Halves", "adds_down", "backward", "compute", "product"]

@@ -134,7 +134,7 @@ def adapter_gradients(
         parts: Whether these rows are some of several, whose gradients are added up.
     """
     compute = linears.compute
-    wide = parts or any(x.dtype != compute for x in linears.parameters)
+    wide = parts or not linears.rounded
     of_output = [grad for p, grad in zip(linears.projections, grads, strict=True) for _ in p.adapters]
     if any(grad is None for grad in grads):
         wanted = [w and of_output[i // 2] is not None for i, w in enumerate(wanted)]

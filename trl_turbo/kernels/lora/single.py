@@ -41,7 +41,7 @@ class Single(torch.autograd.Function):
         check_unchanged(linears, ctx.versions)
         ((lora_A, lora_B, scaling, _),) = linears.adapters
         compute, grad = linears.compute, rows_of(grad)
-        wide = lora_A.dtype != compute or lora_B.dtype != compute
+        wide = not linears.rounded
         grad_x = grad_a = grad_b = None
         with plainly(grad.device):
             if of_x or of_a:

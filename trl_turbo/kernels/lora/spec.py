@@ -94,6 +94,8 @@ class Linears:
         compute: In which dtype the adapters multiply.
         scaling: That of all adapters, `None` where they have several.
         drops: Whether any adapter drops out.
+        one_each: Whether no linear has more than one adapter.
+        rounded: Whether the gradients of all adapters end in `compute`.
         plain: Whether they are one linear with one adapter that drops nothing, all in the dtype in which it multiplies.
         parameters: lora_A and lora_B of each adapter in turn.
     """
@@ -118,6 +120,8 @@ class Linears:
         ends = list(itertools.accumulate(self.ranks))
         self.columns = tuple(slice(*ends) for ends in zip([0, *ends[:-1]], ends, strict=True)) if ends else ()
         self.rank = ends[-1] if ends else 0
+        self.one_each = all(len(projection.adapters) <= 1 for projection in projections)
+        self.rounded = all(x.dtype == self.compute for x in self.parameters)
         self.plain = len(projections) == len(self.adapters) == 1 and not self.drops and _in_one_dtype(*projections)
         self._versioned = (*(x for p in projections for x in p.base.tensors()), *self.parameters)
 
