@@ -43,8 +43,8 @@ def compute(x: torch.Tensor, linears: Linears, cast: Cast, *, training: bool) ->
         cast: Their adapters.
         training: Whether a backward pass follows.
     """
+    outputs = products.bases(x, linears, training=training)
     low, states = products.narrow(x, linears, cast)
-    outputs = [projection.base.product(x, training=training) for projection in linears.projections]
     apart = _kernel(outputs, low, linears) is not None
     if not apart:
         outputs = products.add_adapters(outputs, low, linears, cast)

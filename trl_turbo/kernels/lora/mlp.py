@@ -216,8 +216,9 @@ def _gradients(
     states_down = states_down or (None,) * len(down.adapters)
     through: tuple[torch.Tensor, torch.Tensor] | None = None
     if both.adds_down(halves, down, states_down):
+        of_h: torch.Tensor | None = down.projections[0].base.add_gradient(grad, None)  # the largest first: see `bases`
         _, high_down = products.input_gradient(halves.gate.dtype, down, [grad], states_down, cast_down, wanted=False)
-        of_h, through = down.projections[0].base.add_gradient(grad, None), (high_down, cast_down.a)
+        through = high_down, cast_down.a
     else:
         of_h, high_down = products.input_gradient(halves.gate.dtype, down, [grad], states_down, cast_down, wanted=True)
     assert of_h is not None

@@ -32,9 +32,17 @@ def forward(x: torch.Tensor, linears: Linears, *, training: bool) -> tuple[list[
         training: Whether a backward pass follows.
     """
     cast = Cast(linears)
+    outputs = bases(x, linears, training=training)
     low, states = narrow(x, linears, cast)
-    outputs = [projection.base.product(x, training=training) for projection in linears.projections]
     return add_adapters(outputs, low, linears, cast), low, states
+
+
+def bases(x: torch.Tensor, linears: Linears, *, training: bool) -> list[torch.Tensor]:
+    """What the frozen linears alone make of x [N, in]: [N, out] each.
+
+    To be asked for before what is small, whose launches the host then makes while the device is busy.
+    """
+    return [projection.base.product(x, training=training) for projection in linears.projections]
 
 
 def add_adapters(outputs: list[torch.Tensor], low: torch.Tensor, linears: Linears, cast: Cast) -> list[torch.Tensor]:

@@ -25,8 +25,9 @@ class Single(torch.autograd.Function):
         """x [..., in] in `compute`, to [..., out]."""
         compute, rows = linears.compute, rows_of(x)
         with plainly(x.device):
+            y = linears.projections[0].base.product(rows, training=True)
             low = scaled(rows, to(lora_A, compute).t(), linears.adapters[0].scaling)
-            y = linears.projections[0].base.product(rows, training=True).addmm_(low, to(lora_B, compute).t())
+            y.addmm_(low, to(lora_B, compute).t())
         _, _, of_a, of_b = ctx.needs_input_grad
         ctx.save_for_backward(x if of_a else None, low if of_b else None)
         ctx.linears, ctx.versions, ctx.shape = linears, linears.versions(), x.shape
