@@ -15,7 +15,7 @@ from .spec import Cast, Linears, Projection, check_unchanged, plainly, rows_of, 
 def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     """One linear with its adapters: x @ W.T + bias + sum of scaling * dropout(x) @ lora_A.T @ lora_B.T.
 
-    Keeps x as it is and dropout(x) @ lora_A.T [N, r] for backward; a frozen base gets no gradient. LoRA:
+    Keeps x as it is and scaling * dropout(x) @ lora_A.T [N, r] for backward; a frozen base gets no gradient. LoRA:
     https://arxiv.org/abs/2106.09685
 
     Args:
