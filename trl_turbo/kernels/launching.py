@@ -30,7 +30,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
     if not (_direct and _on_gpu(arguments[0])):
         kernel[(programs,)](*arguments, **constants)
         return
-    key = (kernel.fn, torch.cuda.current_device(), *map(_kind, arguments), *constants.items())
+    key = (kernel.fn, torch.cuda.current_device(), *map(_kind, arguments), *constants, *constants.values())
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[(programs,)](*arguments, **constants)
@@ -53,6 +53,8 @@ def _on_gpu(x: torch.Tensor) -> bool:
 def _kind(x: Any) -> Any:
     """What of an argument Triton may compile a kernel anew for."""
     kind = type(x)
+    if kind is torch.Tensor:
+        return x.dtype, x.data_ptr() % 16 == 0
     if kind is int:
         return x if -1 <= x <= 1 else (x % 16 == 0, -0x80000000 <= x < 0x80000000)
     if kind is float:

@@ -12,6 +12,7 @@ import torch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Row numbers are 32 bits wide in the kernels, and go a little beyond the last row
 _MOST_ROWS = 1 << 30
+_HERE = nullcontext()
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -29,7 +30,7 @@ def takes(*tensors: torch.Tensor) -> bool:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, the stream being that one's current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _HERE
     return torch.cuda.device(device)
 
 

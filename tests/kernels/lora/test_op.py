@@ -73,6 +73,25 @@ def test_only_what_is_wanted_has_a_gradient(frozen):
         torch.testing.assert_close(mine, true)
 
 
+@pytest.mark.parametrize("frozen", [None, "x", "lora_A", "lora_B", "adapters"])
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_one_linear_gives_what_it_gives_among_several(frozen, dtype):
+    """To the bit: its short path makes the same products in the same order."""
+    made = projection(4, 5, (2,), dtype)
+    adapter = made.adapters[0]
+    x = torch.randn(3, 2, 5, dtype=dtype).transpose(0, 1).requires_grad_(frozen != "x")
+    adapter.lora_A.requires_grad_(frozen not in ("lora_A", "adapters"))
+    adapter.lora_B.requires_grad_(frozen not in ("lora_B", "adapters"))
+    wanted = [t for t in (x, *parameters(made)) if t.requires_grad]
+    grad = torch.randn(3, 2, 4, dtype=dtype).transpose(0, 1)
+    outcomes = []
+    for y in (lora_linear(x, made), lora_qkv(x, made)[0]):
+        outcomes.append((y.detach(), *torch.autograd.grad(y, wanted, grad)))
+    for one, other in zip(*outcomes, strict=True):
+        assert one.shape == other.shape
+        assert torch.equal(one, other)
+
+
 def test_an_output_without_a_gradient():
     made = [projection(4, 5, (2,)), projection(3, 5, (3,), seed=1)]
     x = torch.randn(6, 5, dtype=F64, requires_grad=True)
@@ -183,6 +202,7 @@ def test_what_is_kept_for_backward_is_x_once_and_the_narrow_side():
     made = [projection(64, 48, (4,), torch.float32, dropout=0.5, seed=i) for i in range(3)]
     x = torch.randn(20, 48, requires_grad=True)
     assert kept(lambda: lora_qkv(x, *made)) == {(20, 48), (20, 12)}
+    assert kept(lambda: lora_linear(x, projection(64, 48, (4,), torch.float32))) == {(20, 48), (20, 4)}
     gate, up, down = made[0], made[1], projection(48, 64, (4,), torch.float32, dropout=0.5)
     assert kept(lambda: lora_mlp(x, gate, up, down, "silu")) == {(20, 48), (20, 64), (20, 8), (20, 4)}
     with_plain_torch = kept(lambda: [plainly(x, p) for p in made])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -42,8 +43,8 @@ def compute(x: torch.Tensor, linears: Linears, cast: Cast, *, training: bool) ->
         cast: Their adapters.
         training: Whether a backward pass follows.
     """
+    outputs = products.bases(x, linears, training=training)
     low, states = products.narrow(x, linears, cast)
-    outputs = [projection.base.product(x, training=training) for projection in linears.projections]
     apart = _kernel(outputs, low, linears) is not None
     if not apart:
         outputs = products.add_adapters(outputs, low, linears, cast)
@@ -69,8 +70,25 @@ def product(halves: Halves, linears: Linears, cast: Cast, activation: str, *, ov
     return gated_kernel.forward(gate, up, low, _sides(linears, cast), activation, out)
 
 
+def adds_down(halves: Halves, down: Linears, states: States) -> bool:
+    """Whether `backward` adds what comes through down's adapter to the gradient of h itself."""
+    if not halves.apart or len(down.adapters) != 1 or any(state is not None for state in states):
+        return False
+    from . import gated_kernel
+
+    fits = down.compute == down.projections[0].base.dtype == halves.gate.dtype
+    return fits and down.rank <= gated_kernel.WIDEST_DOWN
+
+
 def backward(
-    grad_h: torch.Tensor, halves: Halves, linears: Linears, cast: Cast, activation: str, *, over: bool
+    grad_h: torch.Tensor,
+    halves: Halves,
+    linears: Linears,
+    cast: Cast,
+    activation: str,
+    *,
+    down: tuple[torch.Tensor, torch.Tensor] | None = None,
+    over: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """h again, and the gradients of gate and up, [N, I] each.
 
@@ -80,6 +98,7 @@ def backward(
         linears: As there.
         cast: Their adapters.
         activation: As there.
+        down: Of down's adapter `high` [N, r] and lora_A [r, I], where `adds_down` and grad_h lacks what they give.
         over: Whether gate and up may be written over.
     """
     gate, up, low, _, apart = halves
@@ -91,33 +110,35 @@ def backward(
 
     grad_h = grad_h.contiguous()
     outputs = grad_h, gate if over else torch.empty_like(gate), up if over else torch.empty_like(up)
-    gated_kernel.backward(grad_h, gate, up, low, _sides(linears, cast), activation, outputs)
+    gated_kernel.backward(grad_h, gate, up, low, _sides(linears, cast), down, activation, outputs)
     return outputs
 
 
-def _sides(linears: Linears, cast: Cast) -> list[tuple[torch.Tensor, float] | None]:
-    """lora_B and the scaling of gate's adapter and of up's, `None` where there is none."""
+def _sides(linears: Linears, cast: Cast) -> list[torch.Tensor | None]:
+    """lora_B of gate's adapter and of up's, `None` where there is none."""
     b = iter(cast.b)
-    return [
-        (next(b), projection.adapters[0].scaling) if projection.adapters else None for projection in linears.projections
-    ]
+    return [next(b) if projection.adapters else None for projection in linears.projections]
 
 
 def _kernel(outputs: list[torch.Tensor], low: torch.Tensor, linears: Linears) -> ModuleType | None:
     """The kernel that adds the adapters while it multiplies, where it takes them."""
-    if not takes(*outputs, low):  # without an adapter there is nothing to add
+    if not (linears.one_each and takes(*outputs, low)):  # without an adapter there is nothing to add
         return None
-    if any(len(projection.adapters) > 1 for projection in linears.projections):
-        return None
-    dtypes = {low.dtype, *(y.dtype for y in outputs), *(projection.result for projection in linears.projections)}
-    if len(dtypes) > 1 or not all(y.is_contiguous() for y in outputs):
-        return None
+    dtype = low.dtype
+    for y, projection in zip(outputs, linears.projections, strict=True):
+        if y.dtype != dtype or projection.result != dtype or not y.is_contiguous():
+            return None
+    kernel = _module()
+    return kernel if kernel is not None and max(linears.ranks) <= kernel.WIDEST else None
+
+
+@functools.cache  # an import statement inside a function costs each call of it
+def _module() -> ModuleType | None:
     try:
         from . import gated_kernel
     except ImportError:  # torch builds without Triton (Windows)
         return None
-    widest = max(adapter.rank for adapter in linears.adapters)
-    return gated_kernel if widest <= gated_kernel.WIDEST else None
+    return gated_kernel
 
 
-__all__ = ["Halves", "backward", "compute", "product"]
+__all__ = ["Halves", "adds_down", "backward", "compute", "product"]

@@ -214,9 +214,15 @@ def _gradients(
     of_halves = len(first.parameters)
     wanted, wanted_down = needs[2 : 2 + of_halves], needs[2 + of_halves :]
     states_down = states_down or (None,) * len(down.adapters)
-    of_h, high_down = products.input_gradient(halves.gate.dtype, down, [grad], states_down, cast_down, wanted=True)
+    through: tuple[torch.Tensor, torch.Tensor] | None = None
+    if both.adds_down(halves, down, states_down):
+        of_h: torch.Tensor | None = down.projections[0].base.add_gradient(grad, None)  # the largest first: see `bases`
+        _, high_down = products.input_gradient(halves.gate.dtype, down, [grad], states_down, cast_down, wanted=False)
+        through = high_down, cast_down.a
+    else:
+        of_h, high_down = products.input_gradient(halves.gate.dtype, down, [grad], states_down, cast_down, wanted=True)
     assert of_h is not None
-    h, of_gate, of_up = both.backward(of_h, halves, first, cast, activation, over=over)
+    h, of_gate, of_up = both.backward(of_h, halves, first, cast, activation, down=through, over=over)
     del of_h
     if low_down is None:
         low_down, _ = products.narrow(h, down, cast_down)

@@ -8,14 +8,14 @@ import torch
 
 from trl_turbo.kernels.autograd import once_differentiable
 
-from . import mlp, products
+from . import mlp, products, single
 from .spec import Cast, Linears, Projection, check_unchanged, plainly, rows_of, shaped, together
 
 
 def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     """One linear with its adapters: x @ W.T + bias + sum of scaling * dropout(x) @ lora_A.T @ lora_B.T.
 
-    Keeps x as it is and dropout(x) @ lora_A.T [N, r] for backward; a frozen base gets no gradient. LoRA:
+    Keeps x as it is and scaling * dropout(x) @ lora_A.T [N, r] for backward; a frozen base gets no gradient. LoRA:
     https://arxiv.org/abs/2106.09685
 
     Args:
@@ -29,6 +29,11 @@ def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
         ValueError: Shapes do not fit.
         RuntimeError: In backward, where a weight was changed in place since forward, or in a second derivative.
     """
+    linears = together(projection)
+    if linears.plain and x.dtype == linears.compute:
+        linears.check(x)
+        if torch.is_grad_enabled() and (x.requires_grad or linears.have_gradient()):
+            return single.Single.apply(x, linears, *linears.parameters)
     return lora_qkv(x, projection)[0]
 
 

@@ -1,7 +1,8 @@
 """The products of linears that share an input, forward and backward, without autograd.
 
-Adapters lie side by side: `low` [N, R] has dropout(x) @ lora_A.T of each in its columns, and `high` [N, R] has
-grad @ lora_B * scaling. No [out, in] of an adapter is ever formed, and no [N, in] for each of them is kept.
+Adapters lie side by side: `low` [N, R] has dropout(x) @ lora_A.T * scaling of each in its columns, and `high` [N, R]
+has grad @ lora_B * scaling. Both have the scaling in them, so that none of the products with them is followed by one
+with a number, which is a launch. No [out, in] of an adapter is ever formed, and no [N, in] for each of them is kept.
 """
 
 from __future__ import annotations
@@ -31,9 +32,17 @@ def forward(x: torch.Tensor, linears: Linears, *, training: bool) -> tuple[list[
         training: Whether a backward pass follows.
     """
     cast = Cast(linears)
+    outputs = bases(x, linears, training=training)
     low, states = narrow(x, linears, cast)
-    outputs = [projection.base.product(x, training=training) for projection in linears.projections]
     return add_adapters(outputs, low, linears, cast), low, states
+
+
+def bases(x: torch.Tensor, linears: Linears, *, training: bool) -> list[torch.Tensor]:
+    """What the frozen linears alone make of x [N, in]: [N, out] each.
+
+    To be asked for before what is small, whose launches the host then makes while the device is busy.
+    """
+    return [projection.base.product(x, training=training) for projection in linears.projections]
 
 
 def add_adapters(outputs: list[torch.Tensor], low: torch.Tensor, linears: Linears, cast: Cast) -> list[torch.Tensor]:
@@ -49,10 +58,9 @@ def add_adapters(outputs: list[torch.Tensor], low: torch.Tensor, linears: Linear
     for y, projection in zip(outputs, linears.projections, strict=True):
         result = projection.result
         added: torch.Tensor | None = y if y.dtype == compute == result else None
-        for adapter in projection.adapters:
+        for _ in projection.adapters:
             a, b = next(parts)
-            b = b.t()
-            added = _scaled(a, b, adapter.scaling) if added is None else added.addmm_(a, b, alpha=adapter.scaling)
+            added = torch.mm(a, b.t()) if added is None else added.addmm_(a, b.t())
         if added is None:
             found.append(to(y, result))
         else:
@@ -99,8 +107,8 @@ def input_gradient(
     found = to(found, dtype)
     if not dropped:
         return (found.add_(high @ cast.a) if adapters and not first else found), high
-    for adapter, state, columns in zip(adapters, states, linears.columns, strict=True):
-        added = high[:, columns] @ cast.a[columns]
+    for adapter, state, columns, part in zip(adapters, states, linears.columns, _parts(high, linears), strict=True):
+        added = part @ cast.a[columns]
         if state is not None:
             added = replay(to(added, adapter.lora_A.dtype), adapter.dropout, state)
         found.add_(added)
@@ -134,26 +142,27 @@ def adapter_gradients(
         parts: Whether these rows are some of several, whose gradients are added up.
     """
     compute = linears.compute
-    wide = parts or any(x.dtype != compute for x in linears.parameters)
+    wide = parts or not linears.rounded
     of_output = [grad for p, grad in zip(linears.projections, grads, strict=True) for _ in p.adapters]
-    found: list[torch.Tensor | None] = []
-    of_all = None
-    plain = x is not None and not (linears.drops and any(state is not None for state in states))
-    if x is not None and plain and any(wanted[::2]):
-        of_all = _summed(high.t(), to(x, compute), wide=wide)  # [R, in]
-    for i, (adapter, state, columns) in enumerate(zip(linears.adapters, states, linears.columns, strict=True)):
-        grad, (of_a, of_b) = of_output[i], wanted[2 * i : 2 * i + 2]
-        if not of_a or grad is None or x is None:
-            found.append(None)
-        elif of_all is not None:
-            found.append(of_all if len(linears.adapters) == 1 else of_all[columns])
+    if any(grad is None for grad in grads):
+        wanted = [w and of_output[i // 2] is not None for i, w in enumerate(wanted)]
+    found: list[torch.Tensor | None] = [None] * len(wanted)
+    if x is not None and any(wanted[::2]):
+        if linears.drops and any(state is not None for state in states):
+            draws = zip(_parts(high, linears), linears.adapters, states, wanted[::2], strict=True)
+            found[::2] = [
+                summed(part.t(), _dropped(x, adapter, state, compute), wide=wide) if w else None
+                for part, adapter, state, w in draws
+            ]
         else:
-            found.append(_summed(high[:, columns].t(), _dropped(x, adapter, state, compute), wide=wide))
-        if not of_b or grad is None:
-            found.append(None)
-        else:
-            part = low if len(linears.adapters) == 1 else low[:, columns]
-            found.append(_summed(to(grad, compute).t(), part, adapter.scaling, wide=wide))
+            of_all = summed(high.t(), to(x, compute), wide=wide)  # [R, in]
+            of_a = (of_all,) if len(linears.adapters) == 1 else of_all.split_with_sizes(linears.ranks)
+            found[::2] = [part if w else None for part, w in zip(of_a, wanted[::2], strict=True)]
+    if any(wanted[1::2]):
+        narrows = zip(of_output, _parts(low, linears), wanted[1::2], strict=True)
+        found[1::2] = [
+            summed(to(g, compute).t(), part, wide=wide) if w and g is not None else None for g, part, w in narrows
+        ]
     return found
 
 
@@ -170,14 +179,15 @@ def narrow(x: torch.Tensor, linears: Linears, cast: Cast) -> tuple[torch.Tensor,
     if not linears.drops:
         if not adapters:
             return x.new_empty((x.shape[0], 0), dtype=compute), ()
-        return torch.mm(to(x, compute), cast.a.t()), (None,) * len(adapters)
+        if linears.scaling is not None:
+            return scaled(to(x, compute), cast.a.t(), linears.scaling), (None,) * len(adapters)
     low = x.new_empty((x.shape[0], linears.rank), dtype=compute)
     states: list[torch.Tensor | None] = []
     for adapter, columns in zip(adapters, linears.columns, strict=True):
         a, state = x, None
         if adapter.dropout:
             a, state = drop(to(x, adapter.lora_A.dtype), adapter.dropout)
-        torch.mm(to(a, compute), cast.a[columns].t(), out=low[:, columns])
+        scaled(to(a, compute), cast.a[columns].t(), adapter.scaling, out=low[:, columns])
         states.append(state)
     return low, tuple(states)
 
@@ -186,14 +196,14 @@ def _parts(columns: torch.Tensor, linears: Linears) -> list[torch.Tensor]:
     """[N, r] of each adapter, of `low` or `high` [N, R]."""
     if len(linears.adapters) == 1:
         return [columns]
-    return [columns[:, part] for part in linears.columns]
+    return list(columns.split_with_sizes(linears.ranks, 1))
 
 
 def _high(linears: Linears, grads: Grads, cast: Cast) -> torch.Tensor:
     compute = linears.compute
     if len(grads) == len(linears.adapters) == 1 and grads[0] is not None:
         (adapter,) = linears.adapters
-        return _scaled(to(grads[0], compute), cast.b[0], adapter.scaling)
+        return scaled(to(grads[0], compute), cast.b[0], adapter.scaling)
     first = next(grad for grad in grads if grad is not None)
     high = first.new_empty((first.shape[0], linears.rank), dtype=compute)
     parts = zip(_parts(high, linears), cast.b, strict=True)
@@ -203,7 +213,7 @@ def _high(linears: Linears, grads: Grads, cast: Cast) -> torch.Tensor:
             if grad is None:
                 part.zero_()
             else:
-                _scaled(to(grad, compute), b, adapter.scaling, out=part)
+                scaled(to(grad, compute), b, adapter.scaling, out=part)
     return high
 
 
@@ -213,7 +223,7 @@ def _dropped(x: torch.Tensor, adapter: Adapter, state: torch.Tensor | None, comp
     return to(replay(to(x, adapter.lora_A.dtype), adapter.dropout, state), compute)
 
 
-def _scaled(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor | None = None) -> torch.Tensor:
+def scaled(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """scaling * a @ b, rounded once."""
     key = a.device, a.dtype
     unread = _unread.get(key)
@@ -222,9 +232,8 @@ def _scaled(a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor 
     return torch.addmm(unread, a, b, beta=0, alpha=scaling, out=out)
 
 
-def _summed(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.0, *, wide: bool) -> torch.Tensor:
-    """scaling * a @ b over many rows; `wide` not rounded to 16 bits where the device gives back what it sums in."""
+def summed(a: torch.Tensor, b: torch.Tensor, *, wide: bool) -> torch.Tensor:
+    """a @ b over many rows; `wide` not rounded to 16 bits where the device gives back what it sums in."""
     if wide and _GIVES_FLOAT32 and a.is_cuda and a.dtype.itemsize == 2:
-        product = torch.mm(a, b, out_dtype=torch.float32)
-        return product if scaling == 1.0 else product.mul_(scaling)
-    return _scaled(a, b, scaling)
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)

@@ -8,7 +8,10 @@ import threading
 import torch
 
 _lock = threading.Lock()
-_buffers: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
+_Key = tuple[torch.device, torch.dtype, int]
+_buffers: dict[_Key, torch.Tensor] = {}
+# Of those, in the few shapes of a model's linears: to make a view anew takes the host two launches' time
+_shaped: dict[tuple[_Key, tuple[int, ...]], torch.Tensor] = {}
 
 
 class buffer:  # noqa: N801 (a context manager, without the host's time that one made of a generator takes)
@@ -38,22 +41,28 @@ class buffer:  # noqa: N801 (a context manager, without the host's time that one
         _lock.release()
 
     def _tensor(self) -> torch.Tensor:
-        count, device = math.prod(self._shape), self._device
+        shape, device = self._shape, self._device
+        if _capturing(device):  # a graph's memory is the graph's own
+            return torch.empty(shape, dtype=self._dtype, device=device)
         key = device, self._dtype, _stream(device)
-        own = _capturing(device)  # a graph's memory is the graph's own
-        held = None if own else _buffers.get(key)
+        found = _shaped.get((key, shape))
+        if found is not None:
+            return found
+        count, held = math.prod(shape), _buffers.get(key)
         if held is None or held.numel() < count:
-            if not own:
-                _buffers.pop(key, None)
-            held = torch.empty(count, dtype=self._dtype, device=device)
-            if not own:
-                _buffers[key] = held
-        return held[:count].view(self._shape)
+            for other in [other for other in _shaped if other[0] == key]:
+                del _shaped[other]
+            _buffers.pop(key, None)
+            held = None  # given back before a larger one is asked for
+            held = _buffers[key] = torch.empty(count, dtype=self._dtype, device=device)
+        found = _shaped[key, shape] = held[:count].view(shape)
+        return found
 
 
 def release() -> None:
     """Give all buffers back."""
     with _lock:
+        _shaped.clear()
         _buffers.clear()
 
 
@@ -64,7 +73,10 @@ def held_bytes() -> int:
 
 
 def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(torch._C._cuda_getCurrentRawStream(index))  # without the object of torch.cuda.current_stream
 
 
 def _capturing(device: torch.device) -> bool:

@@ -22,6 +22,7 @@ class Left(Exception):  # noqa: N818 (not an error)
     """The layer runs PEFT's own forward; says why, or nothing where PEFT's forward is all there is to do."""
 
 
+_any_module_hooked = nn.modules.module._has_any_global_hook
 # What was found for a layer in a state of it; some are few, and a state that does not come again is not kept for long
 _known: WeakKeyDictionary[nn.Module, dict[Any, Projection]] = WeakKeyDictionary()
 _MOST_STATES = 8
@@ -59,7 +60,7 @@ def _state(layer: Any, x_dtype: torch.dtype, device: torch.device) -> tuple[Any,
     """
     kind = device.type
     state: list[Any] = [x_dtype, device, torch.is_autocast_enabled(kind), torch.is_autocast_enabled()]
-    state.append(torch.get_autocast_dtype(kind))
+    state += (torch.get_autocast_dtype(kind), bool(_any_module_hooked()))
     own = vars(layer)
     modules = own["_modules"]
     adapters = modules.get("lora_A")
@@ -74,8 +75,9 @@ def _state(layer: Any, x_dtype: torch.dtype, device: torch.device) -> tuple[Any,
         if a is None:
             continue
         dropout = modules["lora_dropout"]._modules[name]
+        drops = vars(dropout)
         state += (name, scaling[name], name in variants, dora is not None and dora.get(name))
-        state += (type(dropout), dropout.training, vars(dropout).get("p"), hooked(dropout))
+        state += (type(dropout), drops["training"], drops.get("p"), _hooked(drops))
         state += _state_of(a)
         state += _state_of(modules["lora_B"]._modules[name])
     return (*state, *_state_of(modules["base_layer"]))
@@ -101,10 +103,11 @@ def _state_of(linear: Any) -> tuple[Any, ...]:
         len(kept),  # marks of FSDP and ZeRO-3
         id(bias),
         bias is not None and bias.requires_grad,
-        hooked(linear),
+        _hooked(own),
     )
-    quantised = kept.get("quant_state"), own.get("state"), own.get("compute_dtype")
-    return state if quantised == (None, None, None) else (*state, *map(id, quantised))
+    if type(linear) is nn.Linear and not kept:
+        return state
+    return (*state, id(kept.get("quant_state")), id(own.get("state")), id(own.get("compute_dtype")))
 
 
 def _projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Projection:
@@ -136,15 +139,14 @@ def _projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Proje
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether calling these runs more than the forward of their class."""
-    if nn.modules.module._has_any_global_hook():
+    return bool(_any_module_hooked()) or any(_hooked(vars(module)) for module in modules)
+
+
+def _hooked(own: dict[str, Any]) -> bool:
+    """The same of what is in one module; asked in each pass, so without a look-up through nn.Module.__getattr__."""
+    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return True
-    for module in modules:  # asked of each linear in each pass, so without a lookup through nn.Module.__getattr__
-        own = vars(module)
-        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            return True
-        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return True
-    return False
+    return bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 def _over(a: Any, b: Any) -> str:
