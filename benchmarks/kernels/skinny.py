@@ -77,8 +77,9 @@ def has_vllm() -> bool:
     if not CUDA:
         return False
     try:
-        import vllm._C  # noqa: F401
+        from vllm.platforms import current_platform
 
+        current_platform.import_kernels()
         with_vllm_activation(torch.ones(1, 16, device=DEVICE), torch.ones(32, 16, device=DEVICE))
     except Exception as error:  # other versions have it elsewhere
         print(f"without vLLM's activation: {type(error).__name__}: {error}")

@@ -56,7 +56,7 @@ def test_layers_hand_over_for_few_sequences_that_decode(engine, calls):
 
     model = model_of(engine)
     ids, logps = sampled(engine)
-    kernels = DecodeKernels(model)
+    kernels = DecodeKernels(model, 16)
     (said,) = kernels.declined  # on a CPU
     assert "decode steps run vLLM's attention" in said
     assert "FlashAttentionImpl is what was looked at" in said
@@ -83,7 +83,7 @@ def test_layers_hand_over_for_few_sequences_that_decode(engine, calls):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "forward", forward)
-        with DecodeKernels(model).captured():
+        with DecodeKernels(model, 16).captured():
             sampled(engine)  # what would be the warm-up, of wrong numbers; its second token knows
             calls.clear()
             assert sampled(engine)[0] == ids

@@ -21,13 +21,14 @@ class DecodeKernels:
 
     Args:
         model: vLLM's.
+        length: Tokens that a sequence has on average while it is sampled.
 
     Attributes:
         declined: What keeps vLLM's kernels, and why, in sentences.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.attention = Attention(model)
+    def __init__(self, model: Any, length: int) -> None:
+        self.attention = Attention(model, length)
         self.products = Products(model)
         self.declined = tuple(filter(None, (self.attention.declined, self.products.declined)))
 

@@ -79,7 +79,8 @@ class SharedWorker(StartsTogether, Executes, Worker):
         if self.vllm_config.compilation_config.mode:
             note("rollout", "decode steps run vLLM's kernels alone, because the script has vLLM compile the model")
             return nullcontext()
-        self.kernels = decode.DecodeKernels(self.model_runner.model)
+        length = self.vllm_config.model_config.max_model_len // 2
+        self.kernels = decode.DecodeKernels(self.model_runner.model, length)
         for sentence in self.kernels.declined:
             note("rollout", sentence)
         return self.kernels.captured()

@@ -13,8 +13,9 @@ from trl_turbo.kernels.sizes import next_power_of_2
 if TYPE_CHECKING:
     from .op import Rotation
 
-#: Tokens of the cache that a program multiplies at once, its warps and how many of these it reads ahead.
-TOKENS, WARPS, STAGES = 32, 4, 3
+#: Tokens of the cache that a program multiplies at once, its warps and how many of these it reads ahead: of 14 tiles
+#: the best over 200, 640 and 4,224 tokens on an H200, 8 sequences of a Qwen2.5-1.5B.
+TOKENS, WARPS, STAGES = 64, 8, 3
 #: Most programs for one sequence and key-value head: the last one reads the parts of all.
 MOST_PARTS = 32
 # By device: parts with their maxima and sums, and how many have arrived, zero between launches. Launches of one stream
