@@ -8,7 +8,8 @@ from torch import nn
 
 from tests.kernels.lora.linears import F64, exact, parameters, peft_layer, plainly, projection
 from trl_turbo.kernels.linear_logprob.reference import excess_error
-from trl_turbo.kernels.lora import lora_linear, lora_mlp, lora_qkv, reference
+from trl_turbo.kernels.lora import lora_linear, lora_mlp, lora_qkv, reference, single
+from trl_turbo.kernels.lora.spec import together
 
 SLACK = 0.1  # of root mean square error, beyond what PEFT's layers lose in the same dtypes
 RANKS = [(2,), (), (1, 3)]
@@ -90,6 +91,44 @@ def test_one_linear_gives_what_it_gives_among_several(frozen, dtype):
     for one, other in zip(*outcomes, strict=True):
         assert one.shape == other.shape
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("frozen", [None, "x", "lora_A", "lora_B"])
+@pytest.mark.parametrize(("dtype", "adapter"), [(F64, F64), *LOW[:4]], ids=str)
+def test_what_torch_differentiates_is_the_same(frozen, dtype, adapter):
+    """A short product on a GPU; and where a dtype rounds, no worse than PEFT's layer."""
+    made = projection(48, 80, (4,), dtype, adapter=adapter)
+    layer, mixed = peft_layer(made), dtype != adapter
+    linears = together(in_autocast(made, dtype) if mixed else made)
+    names = [name for name in ("x", "lora_A", "lora_B") if name != frozen]
+    x = torch.randn(2, 30, 80, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_(frozen != "x")
+    grad = torch.randn(2, 30, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
+    ours = {"x": x, "lora_A": made.adapters[0].lora_A, "lora_B": made.adapters[0].lora_B}
+    theirs = {"x": x, "lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
+    for tensors in (ours, theirs):
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name != frozen)
+    y = single.in_torch(x, linears)
+    found = [y.detach(), *torch.autograd.grad(y, [ours[name] for name in names], grad)]
+    with torch.autocast("cpu", dtype if mixed else None, enabled=mixed):
+        y = layer(x)
+    stock = [y.detach(), *torch.autograd.grad(y, [theirs[name] for name in names], grad)]
+    everything = dict(zip(("y", "x", "lora_A", "lora_B"), exact_results(made, x.detach(), grad), strict=True))
+    for name, mine, other in zip(("y", *names), found, stock, strict=True):
+        true = everything[name]
+        assert mine.dtype == other.dtype
+        if dtype == F64:
+            torch.testing.assert_close(mine, true)
+        else:
+            assert excess_error(mine, other, true, SLACK + 3 / true.numel() ** 0.5) <= 1, name
+
+
+def test_a_weight_changed_before_torchs_backward_raises():
+    made = projection(4, 5, (2,))
+    y = single.in_torch(torch.randn(3, 5, dtype=F64, requires_grad=True), together(made)).sum()
+    made.base.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_an_output_without_a_gradient():

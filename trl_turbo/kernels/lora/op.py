@@ -27,12 +27,15 @@ def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
 
     Raises:
         ValueError: Shapes do not fit.
-        RuntimeError: In backward, where a weight was changed in place since forward, or in a second derivative.
+        RuntimeError: In backward, where a weight was changed in place since forward, or in a second derivative; a
+            short product, which torch differentiates, has one.
     """
     linears = together(projection)
     if linears.plain and x.dtype == linears.compute:
         linears.check(x)
         if torch.is_grad_enabled() and (x.requires_grad or linears.have_gradient()):
+            if single.is_short(x, linears):
+                return single.in_torch(x, linears)
             return single.Single.apply(x, linears, *linears.parameters)
     return lora_qkv(x, projection)[0]
 

@@ -1,8 +1,9 @@
-"""One linear with one adapter, the commonest form, as an autograd function of its own.
+"""One linear with one adapter, the commonest form, as an autograd function of its own, or as none.
 
 What `products` computes, with the same products in the same order, but without lists, slices and the questions that
 only several linears, several adapters, dropout or several dtypes ask: for a few thousand tokens the device waits for
-the host, which spends most of its time on those.
+the host, which spends most of its time on those. Where a dense product is that short, a backward in Python takes the
+host longer than all that it saves the device, and the products are torch's own to differentiate.
 """
 
 from __future__ import annotations
@@ -10,11 +11,43 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from trl_turbo.kernels.autograd import once_differentiable
 
+from .base import Dense
 from .products import scaled, summed
 from .spec import Linears, check_unchanged, plainly, rows_of, shaped, to
+
+#: Multiply-adds of the base's product up to which the device is done before the host is: 0.25 ms of an H200, where
+#: forward and backward through Python took PEFT's time and more (0.8 to 1.2 of it).
+FEW = 70_000_000_000
+
+
+def is_short(x: torch.Tensor, linears: Linears) -> bool:
+    """Whether `in_torch` takes x [..., in] on its device less time than `Single`."""
+    base = linears.projections[0].base
+    if not (x.is_cuda and isinstance(base, Dense) and base.weight.dtype == base.dtype):
+        return False
+    return x.numel() * base.shape[0] <= FEW
+
+
+def in_torch(x: torch.Tensor, linears: Linears) -> torch.Tensor:
+    """As `Single`, in operations that torch differentiates: it keeps x and `low` as well, and the adapters' casts."""
+    kind = x.device.type
+    # Autocast to what all is in already changes nothing, and turning it off takes the host as long as a product
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != linears.compute:
+        with plainly(x.device):
+            return _in_torch(x, linears)
+    return _in_torch(x, linears)
+
+
+def _in_torch(x: torch.Tensor, linears: Linears) -> torch.Tensor:
+    ((lora_A, lora_B, scaling, _),) = linears.adapters
+    compute, rows = linears.compute, rows_of(x)
+    y = linears.projections[0].base.product(rows, training=True)
+    low = functional.linear(rows, to(lora_A, compute))
+    return shaped(torch.addmm(y, low, to(lora_B, compute).t(), alpha=scaling), x)
 
 
 class Single(torch.autograd.Function):
