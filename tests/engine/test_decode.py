@@ -88,3 +88,30 @@ def test_layers_hand_over_for_few_sequences_that_decode(engine, calls):
             calls.clear()
             assert sampled(engine)[0] == ids
         assert {name for name, _ in calls} == {"skinny_linear"}
+
+
+def test_a_kernel_is_asked_on_random_numbers_first(monkeypatch):
+    from types import SimpleNamespace
+
+    from trl_turbo.engine import decode_probe
+
+    layer = SimpleNamespace(
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=16,
+        dtype=torch.float16,
+        impl=SimpleNamespace(scale=0.25, logits_soft_cap=None),
+    )
+    before = torch.get_rng_state()
+    assert decode_probe.misbehaves(layer, torch.device("cpu")) is None
+    assert torch.equal(before, torch.get_rng_state())
+    right = decode_probe.paged_decode
+    monkeypatch.setattr(decode_probe, "paged_decode", lambda *args, **words: 1.02 * right(*args, **words))
+    assert "on random numbers it is off by" in decode_probe.misbehaves(layer, torch.device("cpu"))
+
+    def unable(*_, **__):
+        raise RuntimeError("no kernel image\nof many lines")
+
+    monkeypatch.setattr(decode_probe, "paged_decode", unable)
+    said = decode_probe.misbehaves(layer, torch.device("cpu"))
+    assert said == "it does not run on this device (RuntimeError: no kernel image)"

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from trl_turbo.engine.decode_batch import decodes, runs, unexpected
+from trl_turbo.engine.decode_probe import misbehaves
 from trl_turbo.kernels.paged_attention import Rotation, paged_decode
 from trl_turbo.kernels.paged_attention.op import DTYPES, MOST_DIM, MOST_HEADS
 from trl_turbo.report import note
@@ -29,10 +30,15 @@ def _unfit(model: Any) -> str | None:
         RotaryEmbedding._match_cos_sin_cache_dtype  # noqa: B018
     except (ImportError, AttributeError) as error:
         return f"this vLLM's attention is not as expected ({error})"
-    layers = _layers(model)
+    layers = list(_layers(model).values())
     if not layers:
         return "the model has no attention layer of vLLM's"
-    return next(filter(None, map(_unfit_layer, layers.values())), None)
+    reason = next(filter(None, map(_unfit_layer, layers)), None)
+    if reason is not None:
+        return reason
+    device = next(model.parameters()).device
+    forms = {(x.num_heads, x.num_kv_heads, x.head_size, x.impl.logits_soft_cap): x for x in layers}
+    return next(filter(None, (misbehaves(layer, device) for layer in forms.values())), None)
 
 
 def _layers(model: Any) -> dict[str, Any]:

@@ -127,16 +127,24 @@ class Products:
         if key not in self._faster:
             self._faster[key] = True
             if x.is_cuda:
-                mine, other = microseconds(ours), microseconds(theirs)
-                self._faster[key] = mine < other
-                if mine >= other:
+                reason = _slower(ours, theirs)
+                self._faster[key] = reason is None
+                if reason is not None:
                     shape = " x ".join(map(str, weight.shape))
-                    note(
-                        "rollout",
-                        f"decode steps of up to {key[-1]} sequences run vLLM's kernels for weights of {shape}: "
-                        f"they take {other:.1f} us here, ours {mine:.1f}",
-                    )
+                    what = f"decode steps of up to {key[-1]} sequences run vLLM's kernels for weights of {shape}"
+                    note("rollout", f"{what}: {reason}")
         return self._faster[key]
+
+
+def _slower(ours: Calls, theirs: Calls) -> str | None:
+    """Say why ours do not run, or return `None`."""
+    try:
+        mine = microseconds(ours)
+    except Exception as error:  # whatever a compiler or a driver says
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"ours do not run on this device ({said})"
+    other = microseconds(theirs)
+    return None if mine < other else f"they take {other:.1f} us here, ours {mine:.1f}"
 
 
 def _then(activation: Any, x: torch.Tensor, weight: torch.Tensor) -> Any:

@@ -1,0 +1,54 @@
+"""Our attention of a decode step on random numbers, before a graph captures it: it may not run on every GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trl_turbo.kernels.paged_attention import Rotation, paged_decode
+from trl_turbo.kernels.paged_attention.reference import paged_decode_reference
+
+_LENGTHS = (5, 200)
+_BLOCK = 16
+
+
+def misbehaves(layer: Any, device: torch.device) -> str | None:
+    """Say what is wrong with the kernel on a device, for the heads of a layer of vLLM's, or return `None`."""
+    try:
+        off, bound = _apart(layer, device)
+    except Exception as error:  # whatever a compiler or a driver says
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"it does not run on this device ({said})"
+    return None if off <= bound else f"on random numbers it is off by {off:.2g} on this device, of {bound:.2g}"
+
+
+def _apart(layer: Any, device: torch.device) -> tuple[float, float]:
+    """How far the kernel is from float64, and how far it may be."""
+    generator = torch.Generator(device).manual_seed(0)  # the trainer's random numbers stay as they are
+    heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_size
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(layer.dtype)
+
+    rows, blocks = len(_LENGTHS), -(-max(_LENGTHS) // _BLOCK)
+    query, key, value = normal(rows, heads, dim), normal(rows, kv_heads, dim), normal(rows, kv_heads, dim)
+    caches = [normal(rows * blocks, _BLOCK, kv_heads, dim) for _ in range(2)]
+    table = torch.arange(rows * blocks, dtype=torch.int32, device=device).view(rows, blocks)
+    lens = torch.tensor(_LENGTHS, dtype=torch.int32, device=device)
+    last = lens.long() - 1
+    slots = table.gather(1, (last // _BLOCK)[:, None])[:, 0].long() * _BLOCK + last % _BLOCK
+    angles = torch.arange(max(_LENGTHS), device=device)[:, None] / 1e4 ** torch.linspace(0, 1, dim // 2, device=device)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(layer.dtype)
+    scale, softcap = float(layer.impl.scale), float(layer.impl.logits_soft_cap or 0.0)
+    q, k, v, keys, values = (x.double() for x in (query, key, value, *caches))
+    exact = Rotation(cos_sin.double(), last)
+    truth = paged_decode_reference(q, k, v, keys, values, table, lens, slots, scale, exact, None, softcap)
+    keys, values = caches
+    turn = Rotation(cos_sin, last)
+    found = paged_decode(
+        query, key, value, keys, values, table, lens, slots, scale=scale, rotation=turn, softcap=softcap
+    )
+    # Queries, keys, weights and the result are rounded, and a cosine was; a score of many columns moves by as much
+    bound = 16 * torch.finfo(layer.dtype).eps * max(1.0, truth.abs().max().item())
+    return (found.double() - truth).abs().max().item(), bound
