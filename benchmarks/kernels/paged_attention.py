@@ -31,8 +31,8 @@ MODELS = {"qwen2.5-1.5b": (12, 2, 128, 28), "llama3.1-8b": (32, 8, 128, 32)} if 
 LENGTHS = (200, 640, 4224) if CUDA else (20,)
 ROWS = 8 if CUDA else 2
 BLOCK = 16
-#: Tokens, warps and stages.
-TILES = [(tokens, warps, stages) for tokens in (16, 32, 64) for warps in (2, 4, 8) for stages in (2, 3, 4)]
+#: Tokens, warps and stages; as keys are found through a table, Triton 3.6 reads them ahead from five stages on.
+TILES = [(tokens, warps, stages) for tokens in (32, 64, 128) for warps in (4, 8) for stages in (3, 5, 7)]
 
 
 @dataclass
