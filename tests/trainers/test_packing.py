@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,13 @@ FAMILIES = ("mistral", "gemma2", "gemma3-text", "phi3", "qwen3", "cohere")
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Each family with GRPO and DPO on each TRL, and with each other trainer on one of the three."""
+    """Each family with GRPO and DPO on each TRL, and with each other trainer on one of the three.
+
+    `TRL_TURBO_TEST_EVERY_PAIR=1` has each with each.
+    """
+    if os.environ.get("TRL_TURBO_TEST_EVERY_PAIR") == "1":
+        every = [(family, trainer) for family in FAMILIES for trainer in ONE_STEP]
+        return [pair for pair in every if pair != ("cohere", "PPO")]
     found = [(family, trainer) for family in FAMILIES for trainer in ("GRPO", "DPO")]
     minor = Version(trl.__version__).release[:2]
     turn = 0 if minor < (1, 0) else 1 if minor < (1, 13) else 2
