@@ -21,12 +21,23 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "trl_turbo"
 #: A number's name ends in its unit, and the unit says what is better.
-TIMES, RATES, SIZES = ("_ms", "_s"), ("tokens_s", "gbps", "longest"), ("_gb", "_mib", "_bytes")
+TIMES, RATES, SIZES = ("_us", "_ms", "_s"), ("tokens_s", "gbps", "longest"), ("_gb", "_mib", "_bytes")
 #: Spread, and what is no measure.
-IGNORED = ("low_ms", "high_ms", "loaded_gb", "in_use_at_first_gb", "copy_gbps", "cap_gb", "predicted_gb", "bar_ms")
+IGNORED = (
+    "low_us",
+    "high_us",
+    "low_ms",
+    "high_ms",
+    "loaded_gb",
+    "in_use_at_first_gb",
+    "copy_gbps",
+    "cap_gb",
+    "predicted_gb",
+    "bar_ms",
+)
 SKIPPED = ("plan", "phases", "environment", "moments", "from_trainer_gb", "engine", "memory")
 #: What tells one row from another, beside all words.
-CASE = ("n", "h", "hidden", "rank", "completion", "tokens", "heads")
+CASE = ("n", "m", "h", "hidden", "rank", "completion", "tokens", "heads", "length")
 
 
 @dataclass(frozen=True)
