@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,6 @@ from unittest.mock import patch as replaced
 import pytest
 import torch
 import trl
-from packaging.version import Version
 
 import trl_turbo
 from trl_turbo.patches.attention import interface, passes
@@ -139,23 +138,8 @@ def softcap_left_out(family: str) -> tuple[str, ...]:
 FAMILIES = ("mistral", "gemma2", "gemma3-text", "phi3", "qwen3", "cohere")
 
 
-def pairs() -> list[tuple[str, str]]:
-    """Each family with GRPO and DPO on each TRL, and with each other trainer on one of the three.
-
-    `TRL_TURBO_TEST_EVERY_PAIR=1` has each with each.
-    """
-    if os.environ.get("TRL_TURBO_TEST_EVERY_PAIR") == "1":
-        every = [(family, trainer) for family in FAMILIES for trainer in ONE_STEP]
-        return [pair for pair in every if pair != ("cohere", "PPO")]
-    found = [(family, trainer) for family in FAMILIES for trainer in ("GRPO", "DPO")]
-    minor = Version(trl.__version__).release[:2]
-    turn = 0 if minor < (1, 0) else 1 if minor < (1, 13) else 2
-    for index, family in enumerate(FAMILIES):
-        found += [(family, trainer) for n, trainer in enumerate(("RLOO", "OnlineDPO")) if (index + n) % 3 == turn]
-        # Which is in two of them, and needs a model of values, which Cohere's has not
-        found += [(family, "PPO")] if index % 2 == turn and family != "cohere" else []
-    return found
-
+#: Each family with each trainer; PPO needs a model of values, which Cohere's has not.
+PAIRS = [pair for pair in itertools.product(FAMILIES, ONE_STEP) if pair != ("cohere", "PPO")]
 
 #: What these read at padding is not there without it: OnlineDPO's metrics, an answer of PPO's that ended at once.
 KEPT = dict.fromkeys(
@@ -163,7 +147,7 @@ KEPT = dict.fromkeys(
 ) | {("phi3", "PPO"): "before or between tokens"}
 
 
-@pytest.mark.parametrize(("family", "trainer"), pairs())
+@pytest.mark.parametrize(("family", "trainer"), PAIRS)
 def test_family(family: str, trainer: str, seen: Seen) -> None:
     """Windows of 16 tokens, alternating ones, norms of queries and keys, scaled scores, layers in parallel."""
     kept = KEPT.get((family, trainer))
