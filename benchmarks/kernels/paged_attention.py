@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from trl_turbo.kernels.paged_attention import Rotation, kernel, paged_decode
+from trl_turbo.engine.decode_race import replays
+from trl_turbo.kernels.paged_attention import Rotation, Step, kernel, paged_decode
 from trl_turbo.kernels.paged_attention.reference import paged_decode_reference
 
 CUDA = torch.cuda.is_available()
@@ -157,7 +158,7 @@ def check(layer: Layer, batch: Batch) -> None:
     rotation = Rotation(batch.cos_sin.double(), batch.positions)
     exact = [x.double() for x in before.transpose(1, 2).split(layer.dim, dim=-1)]
     truth = paged_decode_reference(
-        query, key, value, *exact, batch.table, batch.lens, batch.slots, layer.dim**-0.5, rotation, None, 0.0
+        Step(query, key, value, *exact, batch.table, batch.lens, batch.slots, layer.dim**-0.5, rotation)
     )
     off = (ours(layer, batch).double() - truth).abs().max().item()
     ulp = torch.finfo(DTYPE).eps
@@ -170,24 +171,11 @@ def check(layer: Layer, batch: Batch) -> None:
 
 def replay_us(runs: list[Callable[[], object]], rounds: int) -> list[float]:
     """Times of a graph of all of them over their number, in us, sorted."""
+    if CUDA:
+        return replays(runs, rounds)
     for run in runs:
         run()
-    if not CUDA:
-        return [0.0]
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(runs))
-    return sorted(times)
+    return [0.0]
 
 
 def bench(model: str, length: int, rounds: int, tiles: bool) -> dict[str, Any]:

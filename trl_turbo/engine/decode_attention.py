@@ -21,30 +21,29 @@ from trl_turbo.report import note
 MOST_CACHED = 48_000
 
 
-def _unfit(model: Any) -> str | None:
-    """Say why no graph of this model takes the kernel, or return `None`."""
-    try:
-        from vllm.model_executor.layers.attention.attention import Attention, get_attention_context  # noqa: F401
-        from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+def _layers(model: Any) -> dict[str, Any]:
+    """A model's attention layers by name.
 
-        RotaryEmbedding._match_cos_sin_cache_dtype  # noqa: B018
-    except (ImportError, AttributeError) as error:
-        return f"this vLLM's attention is not as expected ({error})"
-    layers = list(_layers(model).values())
+    Raises:
+        ImportError, AttributeError: This vLLM has not all that is used here.
+    """
+    from vllm.model_executor.layers.attention.attention import Attention, get_attention_context  # noqa: F401
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    RotaryEmbedding._match_cos_sin_cache_dtype  # noqa: B018
+    return {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+
+
+def _unfit(model: Any, layers: dict[str, Any]) -> str | None:
+    """Say why no graph of this model takes the kernel, or return `None`."""
     if not layers:
         return "the model has no attention layer of vLLM's"
-    reason = next(filter(None, map(_unfit_layer, layers)), None)
+    reason = next(filter(None, map(_unfit_layer, layers.values())), None)
     if reason is not None:
         return reason
     device = next(model.parameters()).device
-    forms = {(x.num_heads, x.num_kv_heads, x.head_size, x.impl.logits_soft_cap): x for x in layers}
+    forms = {(x.num_heads, x.num_kv_heads, x.head_size, x.impl.logits_soft_cap): x for x in layers.values()}
     return next(filter(None, (misbehaves(layer, device) for layer in forms.values())), None)
-
-
-def _layers(model: Any) -> dict[str, Any]:
-    from vllm.model_executor.layers.attention.attention import Attention
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
 
 
 def _unfit_layer(layer: Any) -> str | None:
@@ -87,14 +86,20 @@ class Attention:
     """
 
     def __init__(self, model: Any, length: int) -> None:
-        reason = _unfit(model)
+        layers: dict[str, Any] = {}
+        try:
+            layers = _layers(model)
+            reason = _unfit(model, layers)
+        except (ImportError, AttributeError) as error:
+            reason = f"this vLLM's attention is not as expected ({error})"
         self.declined = (
             None if reason is None else f"decode steps run vLLM's attention and not our one kernel: {reason}"
         )
         self._model = model
         self._length = length
-        self._layers = {} if reason is not None else _layers(model)
+        self._layers = {} if reason is not None else layers
         self._seen: dict[int, set[str]] = {}
+        self._long = False
         self._waiting: _Turn | None = None
         self._kept: set[int] = set()  # rotary embeddings whose queries are touched before attention
 
@@ -112,6 +117,8 @@ class Attention:
             for module in self._rotations() if self._layers else ():
                 stack.enter_context(runs(module, self._rotate(module, module.forward)))
             yield
+        if self._layers and not self._seen and not self._long:
+            note("rollout", "decode steps run vLLM's attention: what vLLM says of a batch is not as expected")
 
     def _rotations(self) -> list[Any]:
         """Rotary embeddings of a kind that the kernel computes, in modules that have an attention layer themselves."""
@@ -132,6 +139,7 @@ class Attention:
         """Whether the cache of so many sequences and key-value heads is read faster by vLLM's kernels."""
         if pairs * self._length <= MOST_CACHED:
             return False
+        self._long = True
         note(
             "rollout",
             "decode steps of many long sequences run vLLM's attention, which is faster than our one kernel from "
@@ -167,13 +175,14 @@ class Attention:
                 unexpected(name, "queries that were changed after their rotary embedding")
                 turn = None
             rows = query.shape[0]
-            more = bool(args or kwargs) or key is None or value is None or self._is_long(rows * kv_heads)
-            if more or not decodes(rows) or not _plain(get_attention_context(layer.layer_name)[0], rows):
+            simple = not args and not kwargs and key is not None and value is not None and decodes(rows)
+            context = get_attention_context(layer.layer_name) if simple else None
+            if context is None or not _plain(context[0], rows) or self._is_long(rows * kv_heads):
                 if turn is not None:
                     query, key = turn.now()
                 return forward(query, key, value, *args, **kwargs)
             self._seen.setdefault(rows, set()).add(name)
-            metadata, _, cache, slots = get_attention_context(layer.layer_name)
+            metadata, _, cache, slots = context
             key_cache, value_cache = cache.transpose(1, 2).split(dim, dim=-1)
             window = metadata.sliding_window or layer.impl.sliding_window
             out = paged_decode(

@@ -1,4 +1,4 @@
-"""Which batches are small, and how a module runs something else for a while."""
+"""Which batches are small, how a module runs something else for a while, and what is said where it cannot."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from trl_turbo.report import note
 
 #: Larger batches keep vLLM's kernels, which are made for them.
 MOST_ROWS = 16
@@ -39,10 +41,16 @@ def unexpected(module: str, what: str) -> None:
     """A model does between two of its modules what was not known when the first one was left to the second.
 
     vLLM warms each batch up before it captures it, and nobody reads those numbers: there it is enough that the caller
-    does not do so again.
+    does not do so again, and that the report says so.
 
     Raises:
         RuntimeError: In a capture.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{module} got {what}; call patch(rollout_kernels='off') and report it")
+    note("rollout", f"decode steps run vLLM's kernels around {module}, which got {what}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short: those of compilers and drivers go on for pages."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

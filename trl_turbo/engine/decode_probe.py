@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from trl_turbo.kernels.paged_attention import Rotation, paged_decode
+from trl_turbo.engine.decode_batch import first_line
+from trl_turbo.kernels.paged_attention import Rotation, Step, paged_decode
 from trl_turbo.kernels.paged_attention.reference import paged_decode_reference
 
 _LENGTHS = (5, 200)
@@ -18,8 +19,7 @@ def misbehaves(layer: Any, device: torch.device) -> str | None:
     try:
         off, bound = _apart(layer, device)
     except Exception as error:  # whatever a compiler or a driver says
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        return f"it does not run on this device ({said})"
+        return f"it does not run on this device ({first_line(error)})"
     return None if off <= bound else f"on random numbers it is off by {off:.2g} on this device, of {bound:.2g}"
 
 
@@ -33,19 +33,29 @@ def _apart(layer: Any, device: torch.device) -> tuple[float, float]:
 
     rows, blocks = len(_LENGTHS), -(-max(_LENGTHS) // _BLOCK)
     query, key, value = normal(rows, heads, dim), normal(rows, kv_heads, dim), normal(rows, kv_heads, dim)
-    caches = [normal(rows * blocks, _BLOCK, kv_heads, dim) for _ in range(2)]
+    keys, values = (normal(rows * blocks, _BLOCK, kv_heads, dim) for _ in range(2))
     table = torch.arange(rows * blocks, dtype=torch.int32, device=device).view(rows, blocks)
     lens = torch.tensor(_LENGTHS, dtype=torch.int32, device=device)
     last = lens.long() - 1
     slots = table.gather(1, (last // _BLOCK)[:, None])[:, 0].long() * _BLOCK + last % _BLOCK
     angles = torch.arange(max(_LENGTHS), device=device)[:, None] / 1e4 ** torch.linspace(0, 1, dim // 2, device=device)
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(layer.dtype)
-    scale, softcap = float(layer.impl.scale), float(layer.impl.logits_soft_cap or 0.0)
-    q, k, v, keys, values = (x.double() for x in (query, key, value, *caches))
-    exact = Rotation(cos_sin.double(), last)
-    truth = paged_decode_reference(q, k, v, keys, values, table, lens, slots, scale, exact, None, softcap)
-    keys, values = caches
     turn = Rotation(cos_sin, last)
+    scale, softcap = float(layer.impl.scale), float(layer.impl.logits_soft_cap or 0.0)
+    exact = Step(
+        query.double(),
+        key.double(),
+        value.double(),
+        keys.double(),
+        values.double(),
+        table,
+        lens,
+        slots,
+        scale,
+        turn._replace(cos_sin=cos_sin.double()),
+        softcap=softcap,
+    )
+    truth = paged_decode_reference(exact)
     found = paged_decode(
         query, key, value, keys, values, table, lens, slots, scale=scale, rotation=turn, softcap=softcap
     )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from trl_turbo.engine.decode_batch import MOST_ROWS, decodes, runs, unexpected
+from trl_turbo.engine.decode_batch import MOST_ROWS, decodes, first_line, runs, unexpected
 from trl_turbo.engine.decode_race import Calls, microseconds
 from trl_turbo.kernels.skinny import fits, skinny_gated, skinny_linear
 from trl_turbo.report import note
@@ -72,10 +72,13 @@ class Products:
     def _plain(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         if not decodes(x.shape[0]) or not fits(x, weight):
             return None
-        same = [_base(each) for each in self._linears if _base(each).weight.shape == weight.shape]
-        ours = [partial(skinny_linear, x, each.weight, bias) for each in same]
-        theirs = [partial(functional.linear, x, each.weight, bias) for each in same]
-        return skinny_linear(x, weight, bias) if self._wins("linear", x, weight, ours, theirs) else None
+
+        def race() -> tuple[Calls, Calls]:
+            weights = [_base(each).weight for each in self._linears if _base(each).weight.shape == weight.shape]
+            ours = [partial(skinny_linear, x, each, bias) for each in weights]
+            return ours, [partial(functional.linear, x, each, bias) for each in weights]
+
+        return skinny_linear(x, weight, bias) if self._wins("linear", x, weight, race) else None
 
     def _gated(self, gate: _Gate) -> Callable[..., torch.Tensor | None]:
         """Both halves' products, the activation and their product: [M, I] where the model expects [M, 2 * I]."""
@@ -89,10 +92,14 @@ class Products:
                 return self._plain(x, weight, bias)
             if not decodes(x.shape[0]) or not fits(x, weight):
                 return None
-            same = [(_base(each.product).weight, each) for each in self._gates]
-            ours = [partial(skinny_gated, x, each, of.kind) for each, of in same if fits(x, each)]
-            theirs = [partial(_then, of.activation, x, each) for each, of in same if fits(x, each)]
-            if not self._wins(gate.kind, x, weight, ours, theirs):
+
+            def race() -> tuple[Calls, Calls]:
+                weights = [(_base(each.product).weight, each) for each in self._gates]
+                weights = [(each, of) for each, of in weights if fits(x, each)]
+                ours = [partial(skinny_gated, x, each, of.kind) for each, of in weights]
+                return ours, [partial(_then, of.activation, x, each) for each, of in weights]
+
+            if not self._wins(gate.kind, x, weight, race):
                 return self._plain(x, weight, bias)
             out = skinny_gated(x, weight, gate.kind)
             self._waiting = gate.name, out
@@ -115,19 +122,14 @@ class Products:
         return pass_on
 
     def _wins(
-        self,
-        kernel: str,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        ours: Calls,
-        theirs: Calls,
+        self, kernel: str, x: torch.Tensor, weight: torch.Tensor, race: Callable[[], tuple[Calls, Calls]]
     ) -> bool:
         """Whether ours are faster through all layers of a shape; looked at once, in a warm-up."""
         key = kernel, tuple(weight.shape), 8 if len(x) <= 8 else MOST_ROWS  # as the kernels' tiles are
         if key not in self._faster:
             self._faster[key] = True
             if x.is_cuda:
-                reason = _slower(ours, theirs)
+                reason = _slower(*race())
                 self._faster[key] = reason is None
                 if reason is not None:
                     shape = " x ".join(map(str, weight.shape))
@@ -141,8 +143,7 @@ def _slower(ours: Calls, theirs: Calls) -> str | None:
     try:
         mine = microseconds(ours)
     except Exception as error:  # whatever a compiler or a driver says
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        return f"ours do not run on this device ({said})"
+        return f"ours do not run on this device ({first_line(error)})"
     other = microseconds(theirs)
     return None if mine < other else f"they take {other:.1f} us here, ours {mine:.1f}"
 

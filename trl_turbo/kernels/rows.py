@@ -34,6 +34,12 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many there are; few where there is only the interpreter, so that work is split there as well."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 class Rows(NamedTuple):
     """A tensor [..., D] as N rows, row r starting at (r // inner) * outer_stride + (r % inner) * inner_stride.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trl_turbo.kernels.paged_attention import Rotation
+from trl_turbo.kernels.paged_attention import Rotation, Step
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Made:
         """Where a sequence's tokens are: block and place of each."""
         table = self.arguments[5][row].tolist()
         return [(table[i // self.block], i % self.block) for i in range(self.lengths[row])]
+
+    @property
+    def step(self) -> Step:
+        """All of it."""
+        return Step(*self.arguments, **self.keywords)
 
     def copied(self, dtype: torch.dtype) -> Made:
         """The same with caches of its own, in another dtype; integers stay."""

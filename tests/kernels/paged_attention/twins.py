@@ -33,9 +33,7 @@ CASES = {
 def run(case: Case, given: Made) -> torch.Tensor:
     query = given.arguments[0]
     out = torch.full(query.shape, float("nan"), dtype=query.dtype, device=query.device)
-    words = given.keywords
-    ordered = (words["scale"], words["rotation"], words["window"], words["softcap"])
-    return kernel.paged_decode_triton(*given.arguments, *ordered, out, most_parts=case.parts)
+    return kernel.paged_decode_triton(given.step, out, most_parts=case.parts)
 
 
 def error(result: torch.Tensor, truth: torch.Tensor) -> float:
@@ -49,14 +47,7 @@ def test_as_plain_torch(name, dtype):
     given = made(case, dtype, DEVICE)
     exact, plain = given.copied(torch.float64), given.copied(dtype)
     result = run(case, given)
-    words = exact.keywords
-    truth = paged_decode_reference(
-        *exact.arguments, words["scale"], words["rotation"], words["window"], words["softcap"]
-    )
-    words = plain.keywords
-    same = paged_decode_reference(
-        *plain.arguments, words["scale"], words["rotation"], words["window"], words["softcap"]
-    )
+    truth, same = paged_decode_reference(exact.step), paged_decode_reference(plain.step)
     rows = given.arguments[6] > 0
     # Both round queries and keys after the turn; beyond that the kernel rounds the weights of a block, at most 1 each,
     # and the result: an error of two roundings of the largest value. `same` has the part that both share
@@ -88,13 +79,11 @@ def test_in_a_graph_at_other_lengths():
     given = made(case, torch.bfloat16, DEVICE)
     before = tuple(x.clone() for x in given.arguments[3:5])
     out = torch.empty_like(given.arguments[0]).contiguous()
-    words = given.keywords
-    ordered = (words["scale"], words["rotation"], words["window"], words["softcap"], out)
-    kernel.paged_decode_triton(*given.arguments, *ordered)
+    kernel.paged_decode_triton(given.step, out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernel.paged_decode_triton(*given.arguments, *ordered)
-    lens, slots, positions = given.arguments[6], given.arguments[7], words["rotation"].positions
+        kernel.paged_decode_triton(given.step, out)
+    lens, slots, positions = given.arguments[6], given.arguments[7], given.keywords["rotation"].positions
     for shorter in (0, 3, 40):
         for mine, theirs in zip(given.arguments[3:5], before, strict=True):
             mine.copy_(theirs)
@@ -109,6 +98,5 @@ def test_in_a_graph_at_other_lengths():
         again = out.clone()
         graph.replay()
         assert torch.equal(out, again)
-        words = plain.keywords
-        truth = paged_decode_reference(*plain.arguments, words["scale"], words["rotation"], words["window"], 0.0)
+        truth = paged_decode_reference(plain.step)
         assert error(out, truth.double()) <= 4 * 2**-8 * given.arguments[4].abs().max().item()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from trl_turbo.kernels.launching import launch
-from trl_turbo.kernels.rows import on
+from trl_turbo.kernels.rows import on, processors
 from trl_turbo.kernels.sizes import next_power_of_2
 
 from .kernel_forward import forward_kernel
 from .kernel_key import key_kernel, sum_kernel
 from .kernel_query import query_kernel
-from .plan import Tile, processors, tile_of
+from .plan import Tile, tile_of
 from .segments import Segments
 from .spec import Spec
 from .tables import key_work, query_tiles

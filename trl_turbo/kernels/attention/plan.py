@@ -86,9 +86,3 @@ def shared_limit(device: torch.device) -> int:
 
     index = torch.cuda.current_device() if device.index is None else device.index
     return driver.active.utils.get_device_properties(index)["max_shared_mem"]
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """How many there are; few where there is only the interpreter, so that work is split there as well."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

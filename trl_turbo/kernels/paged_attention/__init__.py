@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .op import Rotation, paged_decode
+from .op import paged_decode
+from .spec import Rotation, Step
 
-__all__ = ["Rotation", "paged_decode"]
+__all__ = ["Rotation", "Step", "paged_decode"]

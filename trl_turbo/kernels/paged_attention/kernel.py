@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
+from trl_turbo.kernels.rows import on, processors
 from trl_turbo.kernels.sizes import next_power_of_2
 
-if TYPE_CHECKING:
-    from .op import Rotation
+from .spec import Step
 
 #: Tokens of the cache that a program multiplies at once, its warps and how many of these it reads ahead: of 14 tiles
 #: the best over 200, 640 and 4,224 tokens on an H200, 8 sequences of a Qwen2.5-1.5B.
@@ -196,92 +194,73 @@ def _decode_kernel(
         tl.store(arrived_ptr + pair, 0)
 
 
-def parts_of(pairs: int, processors: int) -> int:
+def parts_of(pairs: int, device: torch.device) -> int:
     """How many programs share a sequence and key-value head: as many as the device has processors for."""
-    return max(1, min(MOST_PARTS, processors // max(1, pairs)))
+    return max(1, min(MOST_PARTS, processors(device) // max(1, pairs)))
 
 
-def paged_decode_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    slots: torch.Tensor,
-    scale: float,
-    rotation: Rotation | None,
-    window: int | None,
-    softcap: float,
-    out: torch.Tensor,
-    most_parts: int | None = None,
-) -> torch.Tensor:
+def paged_decode_triton(step: Step, out: torch.Tensor, most_parts: int | None = None) -> torch.Tensor:
     """See `op.paged_decode`."""
+    query, key, value, key_cache, value_cache, block_table, seq_lens, slots, scale, rotation, window, softcap = step
     rows, heads, dim = query.shape
     kv_heads = key.shape[1]
     if rows == 0:
         return out
     group = heads // kv_heads
-    most_parts = most_parts or parts_of(rows * kv_heads, _processors(query.device))
+    most_parts = most_parts or parts_of(rows * kv_heads, query.device)
     wide, padded = max(16, next_power_of_2(dim)), max(16, next_power_of_2(group))
     parts, arrived = _room_for(query.device, rows * kv_heads * most_parts * padded * (wide + 2), rows * kv_heads)
     cos_sin, positions, interleaved = rotation or (query, seq_lens, False)
     if any(x.stride(-1) != 1 for x in (query, key, value, key_cache, value_cache, cos_sin)) or not out.is_contiguous():
         raise ValueError("paged_decode takes tensors whose columns are next to each other, and a contiguous out")
-    _decode_kernel[(rows * kv_heads, most_parts)](
-        query,
-        query.stride(0),
-        query.stride(1),
-        key,
-        key.stride(0),
-        key.stride(1),
-        value,
-        value.stride(0),
-        value.stride(1),
-        key_cache,
-        key_cache.stride(0),
-        key_cache.stride(1),
-        key_cache.stride(2),
-        value_cache,
-        value_cache.stride(0),
-        value_cache.stride(1),
-        value_cache.stride(2),
-        block_table,
-        block_table.stride(0),
-        seq_lens,
-        slots,
-        cos_sin,
-        cos_sin.stride(0),
-        positions,
-        parts,
-        arrived,
-        out,
-        scale,
-        softcap,
-        window or 0,
-        kv_heads,
-        most_parts,
-        BLOCK_SIZE=key_cache.shape[1],
-        GROUP=group,
-        ROWS=padded,
-        D=dim,
-        WIDE=wide,
-        R=cos_sin.shape[1] if rotation is not None else 0,
-        INTERLEAVED=interleaved,
-        WINDOW=window is not None,
-        SOFTCAP=softcap != 0.0,
-        TOKENS=TOKENS,
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
+    with on(query.device):
+        _decode_kernel[(rows * kv_heads, most_parts)](
+            query,
+            query.stride(0),
+            query.stride(1),
+            key,
+            key.stride(0),
+            key.stride(1),
+            value,
+            value.stride(0),
+            value.stride(1),
+            key_cache,
+            key_cache.stride(0),
+            key_cache.stride(1),
+            key_cache.stride(2),
+            value_cache,
+            value_cache.stride(0),
+            value_cache.stride(1),
+            value_cache.stride(2),
+            block_table,
+            block_table.stride(0),
+            seq_lens,
+            slots,
+            cos_sin,
+            cos_sin.stride(0),
+            positions,
+            parts,
+            arrived,
+            out,
+            scale,
+            softcap,
+            window or 0,
+            kv_heads,
+            most_parts,
+            BLOCK_SIZE=key_cache.shape[1],
+            GROUP=group,
+            ROWS=padded,
+            D=dim,
+            WIDE=wide,
+            R=cos_sin.shape[1] if rotation is not None else 0,
+            INTERLEAVED=interleaved,
+            WINDOW=window is not None,
+            SOFTCAP=softcap != 0.0,
+            TOKENS=TOKENS,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
     return out
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _room_for(device: torch.device, parts: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from .reference import paged_decode_reference
+from .spec import Rotation, Step
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Query heads of one key-value head that a program takes.
 MOST_HEADS = 64
 MOST_DIM = 256
-
-
-class Rotation(NamedTuple):
-    """A rotary embedding that queries and keys do not have yet.
-
-    Attributes:
-        cos_sin: [positions, R], the cosines in the first half of the columns and the sines in the second; R is even and
-            no larger than the head dimension. Whatever lies behind R in a head is left as it is.
-        positions: [B], integer.
-        interleaved: Whether pairs are neighbours (GPT-J) and not R / 2 apart (GPT-NeoX).
-    """
-
-    cos_sin: torch.Tensor
-    positions: torch.Tensor
-    interleaved: bool = False
 
 
 @torch.no_grad()
@@ -74,27 +58,21 @@ def paged_decode(
     Raises:
         ValueError: Shapes or dtypes do not fit.
     """
-    _check(query, key, value, key_cache, value_cache, block_table, seq_lens, slots)
+    step = Step(
+        query, key, value, key_cache, value_cache, block_table, seq_lens, slots, scale, rotation, window, softcap
+    )
+    _check(step)
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    arguments = (query, key, value, key_cache, value_cache, block_table, seq_lens, slots, scale, rotation, window)
     if not query.is_cuda:
-        return out.copy_(paged_decode_reference(*arguments, softcap))
+        return out.copy_(paged_decode_reference(step))
     from .kernel import paged_decode_triton
 
-    return paged_decode_triton(*arguments, softcap, out)
+    return paged_decode_triton(step, out)
 
 
-def _check(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    slots: torch.Tensor,
-) -> None:
+def _check(step: Step) -> None:
+    query, key, value, key_cache, value_cache, block_table, seq_lens, slots, *_ = step
     rows, heads, dim = query.shape
     kv_heads = key.shape[1]
     if key.shape != (rows, kv_heads, dim) or value.shape != key.shape or heads % kv_heads:

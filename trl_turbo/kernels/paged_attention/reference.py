@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from .op import Rotation
+from .spec import Rotation, Step
 
 
-def paged_decode_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    slots: torch.Tensor,
-    scale: float,
-    rotation: Rotation | None,
-    window: int | None,
-    softcap: float,
-) -> torch.Tensor:
+def paged_decode_reference(step: Step) -> torch.Tensor:
     """See `op.paged_decode`; in float64 where the query is, which the function itself does not take."""
+    query, key, value, key_cache, value_cache, block_table, seq_lens, slots, scale, rotation, window, softcap = step
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if rotation is not None:
         query, key = (_rotated(x.to(wide), rotation).to(x.dtype) for x in (query, key))

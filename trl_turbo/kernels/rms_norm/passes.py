@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from trl_turbo.kernels.launching import launch
-from trl_turbo.kernels.rows import Order, Rows, on
+from trl_turbo.kernels.rows import Order, Rows, on, processors
 from trl_turbo.kernels.sizes import ceil_div, next_power_of_2
 
 from .kernel import backward_kernel, forward_kernel, plan, reduce_kernel
@@ -89,7 +87,7 @@ def backward(
     tile_bytes = tile.rows * tile.block * sum(y.element_size() for y in loaded)
     partial = new
     if needs_weight:
-        programs = min(programs, _SUM_PROGRAMS * _processors(x.device))
+        programs = min(programs, _SUM_PROGRAMS * processors(x.device))
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     with on(x.device):
         launch(
@@ -128,9 +126,3 @@ def backward(
             COLUMNS=columns,
         )
     return new, grad_weight
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """How many there are; as few as show sums of several where there is only the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

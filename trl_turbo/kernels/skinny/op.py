@@ -7,6 +7,7 @@ import functools
 import torch
 
 from trl_turbo.kernels.gated import ACTIVATIONS
+from trl_turbo.kernels.rows import processors
 
 from . import tiles, workspace
 from .reference import skinny_gated_reference, skinny_linear_reference
@@ -60,7 +61,7 @@ def skinny_gated(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torc
     from .kernel import skinny_gated_triton
 
     (m, k), n = x.shape, weight.shape[0] // 2
-    return skinny_gated_triton(x, weight, activation, tiles.gated_tile(m, n, k, _processors(x.device)))
+    return skinny_gated_triton(x, weight, activation, tiles.gated_tile(m, n, k, processors(x.device)))
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def skinny_linear(
         return skinny_linear_reference(x, weight, bias)
     from .kernel import skinny_linear_triton
 
-    tile = tiles.linear_tile(x.shape[0], n, x.shape[1], _processors(x.device))
+    tile = tiles.linear_tile(x.shape[0], n, x.shape[1], processors(x.device))
     made = (scratch or workspace.shared()).of(x.device, n, tile.split) if tile.split > 1 else None
     return skinny_linear_triton(x, weight, bias, tile, made)
 
@@ -123,8 +124,3 @@ def _has_triton() -> bool:
     except ImportError:  # torch builds without Triton (Windows)
         return False
     return True
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
