@@ -51,8 +51,12 @@ def sampled(llm):
     )
 
 
-def test_layers_hand_over_for_few_sequences_that_decode(engine, calls):
+def test_layers_hand_over_for_few_sequences_that_decode(engine, calls, monkeypatch):
+    from trl_turbo.engine import decode_batch
     from trl_turbo.engine.decode import DecodeKernels
+
+    noted = []
+    monkeypatch.setattr(decode_batch, "note", lambda _, text: noted.append(text))
 
     model = model_of(engine)
     ids, logps = sampled(engine)
@@ -88,6 +92,8 @@ def test_layers_hand_over_for_few_sequences_that_decode(engine, calls):
             calls.clear()
             assert sampled(engine)[0] == ids
         assert {name for name, _ in calls} == {"skinny_linear"}
+    assert len(noted) == 2  # one of each layer
+    assert "which got something else for its activation than its first product" in noted[0]
 
 
 def test_a_kernel_is_asked_on_random_numbers_first(monkeypatch):
