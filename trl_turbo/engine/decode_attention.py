@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from trl_turbo.engine.decode_ahead import BESIDE_ATTENTION, Ahead
 from trl_turbo.engine.decode_batch import decodes, runs, unexpected
 from trl_turbo.engine.decode_probe import misbehaves
 from trl_turbo.kernels.paged_attention import Rotation, paged_decode
@@ -80,12 +81,13 @@ class Attention:
     Args:
         model: vLLM's.
         length: Tokens that a sequence has on average while it is sampled.
+        ahead: What is brought in beside it.
 
     Attributes:
         declined: Why they keep vLLM's kernels, in a sentence; `None` where they do not.
     """
 
-    def __init__(self, model: Any, length: int) -> None:
+    def __init__(self, model: Any, length: int, ahead: Ahead) -> None:
         layers: dict[str, Any] = {}
         try:
             layers = _layers(model)
@@ -97,6 +99,7 @@ class Attention:
         )
         self._model = model
         self._length = length
+        self._ahead = ahead
         self._layers = {} if reason is not None else layers
         self._seen: dict[int, set[str]] = {}
         self._long = False
@@ -198,6 +201,7 @@ class Attention:
                 rotation=turn.rotation(query) if turn is not None else None,
                 window=window[0] + 1 if window[0] >= 0 else None,
                 softcap=float(layer.impl.logits_soft_cap or 0.0),
+                ahead=self._ahead.take(BESIDE_ATTENTION),
             )
             return out.view(rows, heads * dim)
 

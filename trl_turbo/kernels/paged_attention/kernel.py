@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trl_turbo.kernels.read_ahead import planned, read_ahead
 from trl_turbo.kernels.rows import on, processors
 from trl_turbo.kernels.sizes import next_power_of_2
 
@@ -16,6 +17,10 @@ from .spec import Step
 TOKENS, WARPS, STAGES = 64, 8, 3
 #: Most programs for one sequence and key-value head: the last one reads the parts of all.
 MOST_PARTS = 32
+#: Programs a processor, so many at once where their tiles leave room for that.
+PER_PROCESSOR = 1
+#: Parts that the last program reads at once.
+AT_ONCE = 4
 # By device: parts with their maxima and sums, and how many have arrived, zero between launches. Launches of one stream
 # share the last room; the ones before it stay, since a CUDA graph that was captured with them holds their addresses
 _rooms: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -35,7 +40,7 @@ def _partner(columns, R: tl.constexpr, INTERLEAVED: tl.constexpr):
     return other, angle, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead_lines"])
 def _decode_kernel(
     query_ptr,
     query_row,
@@ -64,6 +69,8 @@ def _decode_kernel(
     parts_ptr,  # [B, Hk, P, ROWS, D + 2]: weighted values, maximum, sum
     arrived_ptr,  # [B, Hk]
     out_ptr,  # [B, Hq, D]
+    ahead_ptr,  # for the programs behind the last part
+    ahead_lines,
     scale,
     softcap,
     window,
@@ -79,9 +86,19 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TOKENS: tl.constexpr,
+    MOST: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    LINE: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    if LINE > 0:  # noqa: SIM102 (known to the compiler, and the next is not)
+        if part >= most_parts:
+            width = tl.num_programs(0)
+            own = (part - most_parts) * width + tl.program_id(0)
+            read_ahead(ahead_ptr, ahead_lines, own, (tl.num_programs(1) - most_parts) * width, LINE, THREADS)
+            return
     row = pair // kv_heads
     kv_head = pair % kv_heads
     length = tl.load(lens_ptr + row)
@@ -175,31 +192,40 @@ def _decode_kernel(
     arrived = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel")
     if arrived == parts - 1:
         tl.debug_barrier()
-        largest = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        # Past the first-level cache, which may have another layer's parts; all loads are on their way at once
+        theirs = parts_ptr + pair * most_parts * ROWS * (WIDE + 2)
+        indices = tl.arange(0, MOST)
+        present = (indices < parts)[:, None]
+        ends = theirs + indices[:, None] * ROWS * (WIDE + 2) + ROWS * WIDE + heads[None, :]
+        tops = tl.load(ends, mask=present, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(ends + ROWS, mask=present, other=0.0, cache_modifier=".cg")
+        top = tl.max(tops, 0)
+        total = tl.sum(sums * tl.exp(tops - top[None, :]), 0)
         weighted = tl.zeros([ROWS, WIDE], tl.float32)
-        for index in range(parts):
-            theirs = parts_ptr + (pair * most_parts + index) * ROWS * (WIDE + 2)
-            # Past the first-level cache, which may have another layer's parts
-            some = tl.load(theirs + heads[:, None] * WIDE + columns[None, :], cache_modifier=".cg")
-            their_largest = tl.load(theirs + ROWS * WIDE + heads, cache_modifier=".cg")
-            their_total = tl.load(theirs + ROWS * WIDE + ROWS + heads, cache_modifier=".cg")
-            top = tl.maximum(largest, their_largest)
-            shrink = tl.exp(largest - top)
-            grow = tl.exp(their_largest - top)
-            total = total * shrink + their_total * grow
-            weighted = weighted * shrink[:, None] + some * grow[:, None]
-            largest = top
+        for start_part in range(0, parts, AT_ONCE):
+            for step in tl.static_range(AT_ONCE):
+                line = theirs + (start_part + step) * ROWS * (WIDE + 2)
+                counts = heads * 0 + start_part + step < parts
+                some = tl.load(
+                    line + heads[:, None] * WIDE + columns[None, :],
+                    mask=counts[:, None],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                their_top = tl.load(line + ROWS * WIDE + heads, mask=counts, other=float("-inf"), cache_modifier=".cg")
+                weighted += some * tl.exp(their_top - top)[:, None]
         tl.store(outs, (weighted / total[:, None]).to(dtype), mask=whole)
         tl.store(arrived_ptr + pair, 0)
 
 
 def parts_of(pairs: int, device: torch.device) -> int:
     """How many programs share a sequence and key-value head: as many as the device has processors for."""
-    return max(1, min(MOST_PARTS, processors(device) // max(1, pairs)))
+    return max(1, min(MOST_PARTS, PER_PROCESSOR * processors(device) // max(1, pairs)))
 
 
-def paged_decode_triton(step: Step, out: torch.Tensor, most_parts: int | None = None) -> torch.Tensor:
+def paged_decode_triton(
+    step: Step, out: torch.Tensor, most_parts: int | None = None, ahead: torch.Tensor | None = None
+) -> torch.Tensor:
     """See `op.paged_decode`."""
     query, key, value, key_cache, value_cache, block_table, seq_lens, slots, scale, rotation, window, softcap = step
     rows, heads, dim = query.shape
@@ -213,8 +239,9 @@ def paged_decode_triton(step: Step, out: torch.Tensor, most_parts: int | None = 
     cos_sin, positions, interleaved = rotation or (query, seq_lens, False)
     if any(x.stride(-1) != 1 for x in (query, key, value, key_cache, value_cache, cos_sin)) or not out.is_contiguous():
         raise ValueError("paged_decode takes tensors whose columns are next to each other, and a contiguous out")
+    more, lines, line = planned(ahead, rows * kv_heads)
     with on(query.device):
-        _decode_kernel[(rows * kv_heads, most_parts)](
+        _decode_kernel[(rows * kv_heads, most_parts + more)](
             query,
             query.stride(0),
             query.stride(1),
@@ -242,6 +269,8 @@ def paged_decode_triton(step: Step, out: torch.Tensor, most_parts: int | None = 
             parts,
             arrived,
             out,
+            query if ahead is None else ahead,
+            lines,
             scale,
             softcap,
             window or 0,
@@ -257,6 +286,10 @@ def paged_decode_triton(step: Step, out: torch.Tensor, most_parts: int | None = 
             WINDOW=window is not None,
             SOFTCAP=softcap != 0.0,
             TOKENS=TOKENS,
+            MOST=next_power_of_2(most_parts),
+            AT_ONCE=AT_ONCE,
+            LINE=line,
+            THREADS=32 * WARPS,
             num_warps=WARPS,
             num_stages=STAGES,
         )

@@ -29,6 +29,7 @@ def paged_decode(
     window: int | None = None,
     softcap: float = 0.0,
     out: torch.Tensor | None = None,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from one new token of each sequence to all of it, and write the token into the cache on the way.
 
@@ -51,6 +52,7 @@ def paged_decode(
         window: How many tokens one sees, itself counted; `None` for all.
         softcap: Scores s become softcap * tanh(s / softcap); 0 for none.
         out: [B, Hq, D], contiguous, to write to.
+        ahead: What the kernels after this one read, [count] and dense: on a GPU it is brought into the L2 meanwhile.
 
     Returns:
         [B, Hq, D] in the query's dtype.
@@ -68,7 +70,7 @@ def paged_decode(
         return out.copy_(paged_decode_reference(step))
     from .kernel import paged_decode_triton
 
-    return paged_decode_triton(step, out)
+    return paged_decode_triton(step, out, ahead=ahead)
 
 
 def _check(step: Step) -> None:
