@@ -82,8 +82,8 @@ def made(model: str, length: int) -> tuple[list[Layer], Batch]:
 
 
 def normed(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x + residual, which stays in residual, and normed, in x: by vLLM's kernel."""
-    if CUDA:
+    """x + residual, which stays in residual, and normed: by vLLM's kernel, where there is one, into x."""
+    if has_vllm():
         torch.ops._C.fused_add_rms_norm(x, residual, weight, 1e-6)
         return x
     return functional.rms_norm(residual.add_(x), residual.shape[-1:], weight)
