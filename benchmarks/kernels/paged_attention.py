@@ -29,11 +29,11 @@ DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16
 #: Heads, heads of keys, head dim, layers: Qwen2.5-1.5B's and Llama-3.1-8B's.
 MODELS = {"qwen2.5-1.5b": (12, 2, 128, 28), "llama3.1-8b": (32, 8, 128, 32)} if CUDA else {"tiny": (4, 2, 16, 2)}
-LENGTHS = (200, 640, 4224) if CUDA else (20,)
+LENGTHS = (200, 640, 4224, 16384) if CUDA else (20,)
 ROWS = 8 if CUDA else 2
 BLOCK = 16
 #: Tokens, warps and stages; as keys are found through a table, Triton 3.6 reads them ahead from five stages on.
-TILES = [(tokens, warps, stages) for tokens in (32, 64, 128) for warps in (4, 8) for stages in (3, 5, 7)]
+TILES = [kernel.Tile(tokens, warps, stages) for tokens in (32, 64, 128) for warps in (4, 8) for stages in (3, 5, 7)]
 
 
 @dataclass
@@ -83,7 +83,7 @@ def made(model: str, length: int) -> tuple[list[Layer], Batch]:
     return found, batch
 
 
-def ours(layer: Layer, batch: Batch) -> torch.Tensor:
+def ours(layer: Layer, batch: Batch, length: int) -> torch.Tensor:
     query, key, value = (x.unflatten(-1, (-1, layer.dim)) for x in layer.split())
     return paged_decode(
         query,
@@ -95,6 +95,7 @@ def ours(layer: Layer, batch: Batch) -> torch.Tensor:
         batch.slots,
         scale=layer.dim**-0.5,
         rotation=Rotation(batch.cos_sin, batch.positions),
+        length=length,
     )
 
 
@@ -151,7 +152,7 @@ def of_vllm() -> Callable[[Layer, Batch, int], Callable[[], torch.Tensor]] | Non
     return prepared
 
 
-def check(layer: Layer, batch: Batch) -> None:
+def check(layer: Layer, batch: Batch, length: int) -> None:
     """Raise `SystemExit` where the result or the cache is further from the truth than two roundings."""
     before = layer.cache.clone()
     query, key, value = (x.double().unflatten(-1, (-1, layer.dim)) for x in layer.split())
@@ -160,7 +161,7 @@ def check(layer: Layer, batch: Batch) -> None:
     truth = paged_decode_reference(
         Step(query, key, value, *exact, batch.table, batch.lens, batch.slots, layer.dim**-0.5, rotation)
     )
-    off = (ours(layer, batch).double() - truth).abs().max().item()
+    off = (ours(layer, batch, length).double() - truth).abs().max().item()
     ulp = torch.finfo(DTYPE).eps
     # Queries and keys are rounded, which moves a score by up to an ulp of it, and so are weights and the result
     bound = 8 * ulp * max(1.0, truth.abs().max().item())
@@ -180,9 +181,9 @@ def replay_us(runs: list[Callable[[], object]], rounds: int) -> list[float]:
 
 def bench(model: str, length: int, rounds: int, tiles: bool) -> dict[str, Any]:
     layers, batch = made(model, length)
-    check(layers[0], batch)
+    check(layers[0], batch, length)
     contestants: dict[str, list[Callable[[], object]]] = {
-        "trl_turbo": [lambda layer=layer: ours(layer, batch) for layer in layers]  # type: ignore[misc]
+        "trl_turbo": [lambda layer=layer: ours(layer, batch, length) for layer in layers]  # type: ignore[misc]
     }
     prepared = of_vllm()
     if prepared is not None:
@@ -198,29 +199,31 @@ def bench(model: str, length: int, rounds: int, tiles: bool) -> dict[str, Any]:
         }
         print(f"    {who:<10}{timings[who]['median_us']:>8.2f} us a layer")
     if tiles:
-        other_tiles(layers, batch, rounds)
+        other_tiles(layers, batch, length, rounds)
     heads, kv_heads, dim, count = MODELS[model]
     shape = {"rows": ROWS, "length": length, "heads": heads, "kv_heads": kv_heads, "dim": dim, "layers": count}
     return {"model": model, **shape, "timings": timings}
 
 
-def other_tiles(layers: list[Layer], batch: Batch, rounds: int) -> None:
+def other_tiles(layers: list[Layer], batch: Batch, length: int, rounds: int) -> None:
     """Times of tiles that could be the kernel's."""
-    usual = kernel.TOKENS, kernel.WARPS, kernel.STAGES
+    pairs = ROWS * layers[0].kv_heads
+    usual = kernel.tile_of(length // kernel.parts_of(pairs, layers[0].cache.device), layers[0].dim * DTYPE.itemsize)
+    chosen = kernel.tile_of
     found = {}
     try:
         for tile in TILES:
-            kernel.TOKENS, kernel.WARPS, kernel.STAGES = tile
-            check(layers[0], batch)
+            kernel.tile_of = lambda *_, tile=tile: tile
+            check(layers[0], batch, length)
             runs: list[Callable[[], object]] = [
-                lambda layer=layer: ours(layer, batch)
+                lambda layer=layer: ours(layer, batch, length)
                 for layer in layers  # type: ignore[misc]
             ]
             found[tile] = statistics.median(replay_us(runs, rounds))
     finally:
-        kernel.TOKENS, kernel.WARPS, kernel.STAGES = usual
+        kernel.tile_of = chosen
     for tile, median in sorted(found.items(), key=lambda each: each[1])[:6]:
-        print(f"    {tile}: {median:.2f} us{' (used)' if tile == usual else ''}")
+        print(f"    {tuple(tile)}: {median:.2f} us{' (used)' if tile == usual else ''}")
 
 
 def picture(results: list[dict[str, Any]], card: str, path: Path) -> None:

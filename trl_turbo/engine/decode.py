@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trl_turbo.engine.decode_ahead import Ahead
 from trl_turbo.engine.decode_attention import Attention
 from trl_turbo.engine.decode_products import Products
 
@@ -29,9 +28,8 @@ class DecodeKernels:
     """
 
     def __init__(self, model: Any, length: int) -> None:
+        self.attention = Attention(model, length)
         self.products = Products(model)
-        ahead = self.products.ahead = Ahead.of(self.products.weights)
-        self.attention = Attention(model, length, ahead)
         self.declined = tuple(filter(None, (self.attention.declined, self.products.declined)))
 
     @property

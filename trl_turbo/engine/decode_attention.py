@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from trl_turbo.engine.decode_ahead import BESIDE_ATTENTION, Ahead
 from trl_turbo.engine.decode_batch import decodes, runs, unexpected
 from trl_turbo.engine.decode_probe import misbehaves
 from trl_turbo.kernels.paged_attention import Rotation, paged_decode
 from trl_turbo.kernels.paged_attention.op import DTYPES, MOST_DIM, MOST_HEADS
 from trl_turbo.report import note
 
-#: Tokens, of all sequences and key-value heads, up to which the kernel is faster than what it stands for. Measured with
-#: 8 sequences of 200 to 4,224 tokens on an H200, with 2 and with 8 heads of 128: they meet at 48,000 and at 60,000.
-MOST_CACHED = 48_000
+#: Tokens, of all sequences and key-value heads, up to which the kernel is known to be faster than what it stands for:
+#: with 8 sequences of up to 4,224 tokens, and 2 or 8 heads of 128, on an H200.
+MOST_CACHED = 272_000
 
 
 def _layers(model: Any) -> dict[str, Any]:
@@ -81,13 +80,12 @@ class Attention:
     Args:
         model: vLLM's.
         length: Tokens that a sequence has on average while it is sampled.
-        ahead: What is brought in beside it.
 
     Attributes:
         declined: Why they keep vLLM's kernels, in a sentence; `None` where they do not.
     """
 
-    def __init__(self, model: Any, length: int, ahead: Ahead) -> None:
+    def __init__(self, model: Any, length: int) -> None:
         layers: dict[str, Any] = {}
         try:
             layers = _layers(model)
@@ -99,7 +97,6 @@ class Attention:
         )
         self._model = model
         self._length = length
-        self._ahead = ahead
         self._layers = {} if reason is not None else layers
         self._seen: dict[int, set[str]] = {}
         self._long = False
@@ -139,14 +136,14 @@ class Attention:
         return list(found.values())
 
     def _is_long(self, pairs: int) -> bool:
-        """Whether the cache of so many sequences and key-value heads is read faster by vLLM's kernels."""
+        """Whether the cache of so many sequences and key-value heads is larger than any that was measured."""
         if pairs * self._length <= MOST_CACHED:
             return False
         self._long = True
         note(
             "rollout",
-            "decode steps of many long sequences run vLLM's attention, which is faster than our one kernel from "
-            f"{MOST_CACHED:,} tokens of all key-value heads on; half of max_model_len is {self._length:,}",
+            "decode steps of many long sequences run vLLM's attention, because our one kernel is known to be faster up "
+            f"to {MOST_CACHED:,} tokens of all key-value heads; half of max_model_len is {self._length:,}",
         )
         return True
 
@@ -201,7 +198,7 @@ class Attention:
                 rotation=turn.rotation(query) if turn is not None else None,
                 window=window[0] + 1 if window[0] >= 0 else None,
                 softcap=float(layer.impl.logits_soft_cap or 0.0),
-                ahead=self._ahead.take(BESIDE_ATTENTION),
+                length=self._length,
             )
             return out.view(rows, heads * dim)
 

@@ -56,9 +56,23 @@ def _apart(layer: Any, device: torch.device) -> tuple[float, float]:
         softcap=softcap,
     )
     truth = paged_decode_reference(exact)
-    found = paged_decode(
-        query, key, value, keys, values, table, lens, slots, scale=scale, rotation=turn, softcap=softcap
-    )
+    errors = []
+    for length in (1, None):  # both of its tiles
+        found = paged_decode(
+            query,
+            key,
+            value,
+            keys,
+            values,
+            table,
+            lens,
+            slots,
+            scale=scale,
+            rotation=turn,
+            softcap=softcap,
+            length=length,
+        )
+        errors.append((found.double() - truth).abs().max())
     # Queries, keys, weights and the result are rounded, and a cosine was; a score of many columns moves by as much
     bound = 16 * torch.finfo(layer.dtype).eps * max(1.0, truth.abs().max().item())
-    return (found.double() - truth).abs().max().item(), bound
+    return torch.stack(errors).max().item(), bound

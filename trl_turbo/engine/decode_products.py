@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from trl_turbo.engine.decode_ahead import BESIDE_PRODUCT, Ahead
 from trl_turbo.engine.decode_batch import MOST_ROWS, decodes, first_line, runs, unexpected
 from trl_turbo.engine.decode_race import Calls, microseconds
 from trl_turbo.kernels.skinny import fits, skinny_gated, skinny_linear
@@ -36,11 +35,9 @@ class Products:
 
     Attributes:
         declined: Why all keep vLLM's kernels, in a sentence; `None` where they do not.
-        ahead: What is brought in beside them.
     """
 
     def __init__(self, model: Any) -> None:
-        self.ahead = Ahead((), 0)
         self._gates: list[_Gate] = []
         self._linears: list[Any] = []
         self._kept: set[str] = set()  # gates whose activation gets something else than the product
@@ -55,11 +52,6 @@ class Products:
         self.declined = (
             None if reason is None else f"decode steps run vLLM's linear layers and not our kernels: {reason}"
         )
-
-    @property
-    def weights(self) -> list[torch.Tensor]:
-        """Theirs, in the order of the model's modules, which is that in which most models call them."""
-        return [_base(linear).weight for linear in self._linears]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -80,16 +72,13 @@ class Products:
     def _plain(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         if not decodes(x.shape[0]) or not fits(x, weight):
             return None
-        self.ahead.reads(weight)
 
         def race() -> tuple[Calls, Calls]:
             weights = [_base(each).weight for each in self._linears if _base(each).weight.shape == weight.shape]
             ours = [partial(skinny_linear, x, each, bias) for each in weights]
             return ours, [partial(functional.linear, x, each, bias) for each in weights]
 
-        if not self._wins("linear", x, weight, race):
-            return None
-        return skinny_linear(x, weight, bias, ahead=self.ahead.take(BESIDE_PRODUCT))
+        return skinny_linear(x, weight, bias) if self._wins("linear", x, weight, race) else None
 
     def _gated(self, gate: _Gate) -> Callable[..., torch.Tensor | None]:
         """Both halves' products, the activation and their product: [M, I] where the model expects [M, 2 * I]."""
@@ -103,7 +92,6 @@ class Products:
                 return self._plain(x, weight, bias)
             if not decodes(x.shape[0]) or not fits(x, weight):
                 return None
-            self.ahead.reads(weight)
 
             def race() -> tuple[Calls, Calls]:
                 weights = [(_base(each.product).weight, each) for each in self._gates]

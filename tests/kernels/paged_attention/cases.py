@@ -22,6 +22,7 @@ class Case:
     softcap: float = 0.0
     block: int = 16
     parts: int | None = None
+    length: int | None = None
     spread: float = 1.0
 
 

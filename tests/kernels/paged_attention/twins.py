@@ -15,7 +15,8 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 CASES = {
     "one token each": Case(lengths=(1, 1)),
     "ragged": Case(lengths=(33, 0, 1, 97, 32), parts=2),
-    "many parts": Case(lengths=(130, 5), parts=8),
+    "ragged, in short tiles": Case(lengths=(33, 0, 1, 197, 64), parts=2, length=70),
+    "many parts": Case(lengths=(130, 5), parts=8, length=130),
     "one part": Case(lengths=(70,), parts=1),
     "one group": Case(lengths=(40, 41), heads=2, kv_heads=2, parts=3),
     "seven heads": Case(lengths=(40,), heads=7, kv_heads=1, parts=3),
@@ -33,7 +34,7 @@ CASES = {
 def run(case: Case, given: Made) -> torch.Tensor:
     query = given.arguments[0]
     out = torch.full(query.shape, float("nan"), dtype=query.dtype, device=query.device)
-    return kernel.paged_decode_triton(given.step, out, most_parts=case.parts)
+    return kernel.paged_decode_triton(given.step, out, most_parts=case.parts, length=case.length)
 
 
 def error(result: torch.Tensor, truth: torch.Tensor) -> float:
@@ -65,6 +66,13 @@ def test_as_plain_torch(name, dtype):
         others[slots // case.block, slots % case.block] = False
         assert torch.equal(mine[others], theirs[others])
     assert all((room[1] == 0).all() for rooms in kernel._rooms.values() for room in rooms)
+
+
+def test_tiles_by_length_and_width():
+    short, long = kernel.SHORT, kernel.LONG
+    assert [kernel.tile_of(n, 256) for n in (25, kernel.LONG_FROM, 5000)] == [short, long, long]
+    assert kernel.tile_of(25, 512) == short
+    assert [kernel.tile_of(80, wide).tokens for wide in (32, 512, 1024, 2048)] == [128, 64, 32, 16]
 
 
 def test_the_same_bits_again():

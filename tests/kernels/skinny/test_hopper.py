@@ -18,19 +18,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compiled(kind, m, n, k, aligned=True, line=0):
-    """What the compiler makes of it for a weight [N, K], or of halves [N, K], in bf16; `line` elements to a request."""
+def compiled(kind, m, n, k, aligned=True):
+    """What the compiler makes of it for a weight [N, K], or of halves [N, K], in bf16."""
     tile = tiles.gated_tile(m, n, k) if kind == "gated" else tiles.linear_tile(m, n, k)
     function = kernel.gated_kernel if kind == "gated" else kernel.linear_kernel
     constants = kernel._constants(tile, m, n, k)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    linear = {"BIAS": True, "SPLIT": tile.split, "PITCH": 16, "LINE": line, "THREADS": 32 * tile.warps}
-    constants |= {"ACTIVATION": "silu"} if kind == "gated" else linear
-    kinds = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr", "ahead_ptr"), "*bf16")
+    constants |= {"ACTIVATION": "silu"} if kind == "gated" else {"BIAS": True, "SPLIT": tile.split, "PITCH": 16}
+    kinds = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), "*bf16")
     kinds |= {"partial_ptr": "*fp32", "counter_ptr": "*i32"}
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
-    lie = [i for i, name in enumerate(names) if name not in constants and name not in ("m", "n", "ahead_lines")]
+    lie = [i for i, name in enumerate(names) if name not in constants and name not in ("m", "n")]
     source = compiler.ASTSource(
         function,
         signature,
@@ -52,11 +51,6 @@ def test_reads_ahead_and_all_programs_fit(kind, n, k, m):
     # 228 KiB of a processor, 1 of which each program takes for itself
     programs = -(-n // tile.rows) * tile.split
     assert (shared + 1024) * -(-programs // tiles.PROCESSORS) <= 228 << 10
-
-
-def test_what_comes_next_is_brought_into_the_l2_where_it_is_named():
-    asked = [compiled("linear", 8, 1536, 1536, line=line)[0].count("prefetch.global.L2") for line in (0, 64)]
-    assert asked == [0, 1]
 
 
 def test_arrivals_are_told_after_a_barrier_and_before_the_others_sums_are_read():

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from trl_turbo.kernels.read_ahead import planned, read_ahead
 from trl_turbo.kernels.rows import on, processors
 from trl_turbo.kernels.sizes import next_power_of_2
 
 from .spec import Step
 
-#: Tokens of the cache that a program multiplies at once, its warps and how many of these it reads ahead: of 14 tiles
-#: the best over 200, 640 and 4,224 tokens on an H200, 8 sequences of a Qwen2.5-1.5B.
-TOKENS, WARPS, STAGES = 64, 8, 3
+
+class Tile(NamedTuple):
+    """How a program goes through its part of a cache.
+
+    Attributes:
+        tokens: That it multiplies at once.
+        warps: Of it.
+        stages: Of its loop. Since keys are found through a table, Triton 3.6 reads them ahead from five stages on.
+    """
+
+    tokens: int
+    warps: int
+    stages: int
+
+
+#: For parts of a few tokens and for longer ones, of 18 tiles the best on an H200 for 8 sequences of a Qwen2.5-1.5B: 8.2
+#: us a layer at 200 tokens, 25 a program, and 10.8 and 20.3 at 640 and 4,224.
+SHORT, LONG = Tile(64, 8, 3), Tile(128, 4, 5)
+#: Tokens of a program from which the longer one is used.
+LONG_FROM = 64
+#: Bytes of keys at once that leave room for all stages; wider heads take fewer tokens.
+TILE_BYTES = 128 * 128 * 2
 #: Most programs for one sequence and key-value head: the last one reads the parts of all.
 MOST_PARTS = 32
-#: Programs a processor, so many at once where their tiles leave room for that.
-PER_PROCESSOR = 1
-#: Parts that the last program reads at once.
-AT_ONCE = 4
 # By device: parts with their maxima and sums, and how many have arrived, zero between launches. Launches of one stream
 # share the last room; the ones before it stay, since a CUDA graph that was captured with them holds their addresses
 _rooms: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -40,7 +56,7 @@ def _partner(columns, R: tl.constexpr, INTERLEAVED: tl.constexpr):
     return other, angle, second
 
 
-@triton.jit(do_not_specialize=["ahead_lines"])
+@triton.jit
 def _decode_kernel(
     query_ptr,
     query_row,
@@ -69,8 +85,6 @@ def _decode_kernel(
     parts_ptr,  # [B, Hk, P, ROWS, D + 2]: weighted values, maximum, sum
     arrived_ptr,  # [B, Hk]
     out_ptr,  # [B, Hq, D]
-    ahead_ptr,  # for the programs behind the last part
-    ahead_lines,
     scale,
     softcap,
     window,
@@ -86,19 +100,9 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TOKENS: tl.constexpr,
-    MOST: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    LINE: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    if LINE > 0:  # noqa: SIM102 (known to the compiler, and the next is not)
-        if part >= most_parts:
-            width = tl.num_programs(0)
-            own = (part - most_parts) * width + tl.program_id(0)
-            read_ahead(ahead_ptr, ahead_lines, own, (tl.num_programs(1) - most_parts) * width, LINE, THREADS)
-            return
     row = pair // kv_heads
     kv_head = pair % kv_heads
     length = tl.load(lens_ptr + row)
@@ -192,41 +196,40 @@ def _decode_kernel(
     arrived = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel")
     if arrived == parts - 1:
         tl.debug_barrier()
-        # Past the first-level cache, which may have another layer's parts; all loads are on their way at once
-        theirs = parts_ptr + pair * most_parts * ROWS * (WIDE + 2)
-        indices = tl.arange(0, MOST)
-        present = (indices < parts)[:, None]
-        ends = theirs + indices[:, None] * ROWS * (WIDE + 2) + ROWS * WIDE + heads[None, :]
-        tops = tl.load(ends, mask=present, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(ends + ROWS, mask=present, other=0.0, cache_modifier=".cg")
-        top = tl.max(tops, 0)
-        total = tl.sum(sums * tl.exp(tops - top[None, :]), 0)
+        largest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
         weighted = tl.zeros([ROWS, WIDE], tl.float32)
-        for start_part in range(0, parts, AT_ONCE):
-            for step in tl.static_range(AT_ONCE):
-                line = theirs + (start_part + step) * ROWS * (WIDE + 2)
-                counts = heads * 0 + start_part + step < parts
-                some = tl.load(
-                    line + heads[:, None] * WIDE + columns[None, :],
-                    mask=counts[:, None],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                their_top = tl.load(line + ROWS * WIDE + heads, mask=counts, other=float("-inf"), cache_modifier=".cg")
-                weighted += some * tl.exp(their_top - top)[:, None]
+        for index in range(parts):
+            theirs = parts_ptr + (pair * most_parts + index) * ROWS * (WIDE + 2)
+            # Past the first-level cache, which may have another layer's parts
+            some = tl.load(theirs + heads[:, None] * WIDE + columns[None, :], cache_modifier=".cg")
+            their_largest = tl.load(theirs + ROWS * WIDE + heads, cache_modifier=".cg")
+            their_total = tl.load(theirs + ROWS * WIDE + ROWS + heads, cache_modifier=".cg")
+            top = tl.maximum(largest, their_largest)
+            shrink = tl.exp(largest - top)
+            grow = tl.exp(their_largest - top)
+            total = total * shrink + their_total * grow
+            weighted = weighted * shrink[:, None] + some * grow[:, None]
+            largest = top
         tl.store(outs, (weighted / total[:, None]).to(dtype), mask=whole)
         tl.store(arrived_ptr + pair, 0)
 
 
 def parts_of(pairs: int, device: torch.device) -> int:
     """How many programs share a sequence and key-value head: as many as the device has processors for."""
-    return max(1, min(MOST_PARTS, PER_PROCESSOR * processors(device) // max(1, pairs)))
+    return max(1, min(MOST_PARTS, processors(device) // max(1, pairs)))
+
+
+def tile_of(tokens: int, row_bytes: int) -> Tile:
+    """For a part of so many tokens, whose keys take so many bytes each."""
+    tile = LONG if tokens >= LONG_FROM else SHORT
+    return tile._replace(tokens=max(16, min(tile.tokens, TILE_BYTES // row_bytes)))
 
 
 def paged_decode_triton(
-    step: Step, out: torch.Tensor, most_parts: int | None = None, ahead: torch.Tensor | None = None
+    step: Step, out: torch.Tensor, most_parts: int | None = None, length: int | None = None
 ) -> torch.Tensor:
-    """See `op.paged_decode`."""
+    """See `op.paged_decode`; `most_parts` programs for a sequence and head."""
     query, key, value, key_cache, value_cache, block_table, seq_lens, slots, scale, rotation, window, softcap = step
     rows, heads, dim = query.shape
     kv_heads = key.shape[1]
@@ -235,13 +238,13 @@ def paged_decode_triton(
     group = heads // kv_heads
     most_parts = most_parts or parts_of(rows * kv_heads, query.device)
     wide, padded = max(16, next_power_of_2(dim)), max(16, next_power_of_2(group))
+    tile = tile_of(LONG_FROM if length is None else length // most_parts, wide * query.element_size())
     parts, arrived = _room_for(query.device, rows * kv_heads * most_parts * padded * (wide + 2), rows * kv_heads)
     cos_sin, positions, interleaved = rotation or (query, seq_lens, False)
     if any(x.stride(-1) != 1 for x in (query, key, value, key_cache, value_cache, cos_sin)) or not out.is_contiguous():
         raise ValueError("paged_decode takes tensors whose columns are next to each other, and a contiguous out")
-    more, lines, line = planned(ahead, rows * kv_heads)
     with on(query.device):
-        _decode_kernel[(rows * kv_heads, most_parts + more)](
+        _decode_kernel[(rows * kv_heads, most_parts)](
             query,
             query.stride(0),
             query.stride(1),
@@ -269,8 +272,6 @@ def paged_decode_triton(
             parts,
             arrived,
             out,
-            query if ahead is None else ahead,
-            lines,
             scale,
             softcap,
             window or 0,
@@ -285,13 +286,9 @@ def paged_decode_triton(
             INTERLEAVED=interleaved,
             WINDOW=window is not None,
             SOFTCAP=softcap != 0.0,
-            TOKENS=TOKENS,
-            MOST=next_power_of_2(most_parts),
-            AT_ONCE=AT_ONCE,
-            LINE=line,
-            THREADS=32 * WARPS,
-            num_warps=WARPS,
-            num_stages=STAGES,
+            TOKENS=tile.tokens,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return out
 

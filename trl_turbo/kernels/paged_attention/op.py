@@ -28,8 +28,8 @@ def paged_decode(
     rotation: Rotation | None = None,
     window: int | None = None,
     softcap: float = 0.0,
+    length: int | None = None,
     out: torch.Tensor | None = None,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from one new token of each sequence to all of it, and write the token into the cache on the way.
 
@@ -51,8 +51,8 @@ def paged_decode(
         rotation: What queries and keys are turned by before; `None` where they are already.
         window: How many tokens one sees, itself counted; `None` for all.
         softcap: Scores s become softcap * tanh(s / softcap); 0 for none.
+        length: Tokens that a sequence has as a rule, by which the kernel's tile is chosen; many, where it is `None`.
         out: [B, Hq, D], contiguous, to write to.
-        ahead: What the kernels after this one read, [count] and dense: on a GPU it is brought into the L2 meanwhile.
 
     Returns:
         [B, Hq, D] in the query's dtype.
@@ -70,7 +70,7 @@ def paged_decode(
         return out.copy_(paged_decode_reference(step))
     from .kernel import paged_decode_triton
 
-    return paged_decode_triton(step, out, ahead=ahead)
+    return paged_decode_triton(step, out, length=length)
 
 
 def _check(step: Step) -> None:

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from trl_turbo.kernels.gated.kernel import activate
-from trl_turbo.kernels.read_ahead import planned, read_ahead
 from trl_turbo.kernels.rows import on
 from trl_turbo.kernels.sizes import ceil_div
 
@@ -105,7 +104,7 @@ def gated_kernel(
     tl.store(out_ptr + at_m * out_stride + at_n, h, mask=kept_m & kept_n)
 
 
-@triton.jit(do_not_specialize=["m", "n", "ahead_lines"])
+@triton.jit(do_not_specialize=["m", "n"])
 def linear_kernel(
     x_ptr,
     x_stride,
@@ -116,8 +115,6 @@ def linear_kernel(
     out_stride,
     partial_ptr,  # [SPLIT, N, 16]
     counter_ptr,  # [N], of which one for each ROWS rows is used
-    ahead_ptr,  # for the programs behind the last part
-    ahead_lines,
     m,
     n,
     k,
@@ -131,17 +128,9 @@ def linear_kernel(
     WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
     SWAP: tl.constexpr,
-    LINE: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
     """ROWS rows of the weight and one of SPLIT parts of its columns; who comes last adds all in their order."""
     part = tl.program_id(1)
-    if LINE > 0:  # noqa: SIM102 (known to the compiler, and the next is not)
-        if part >= SPLIT:
-            width = tl.num_programs(0)
-            own = (part - SPLIT) * width + tl.program_id(0)
-            read_ahead(ahead_ptr, ahead_lines, own, (tl.num_programs(1) - SPLIT) * width, LINE, THREADS)
-            return
     lines = tl.arange(0, BLOCK_N)
     row = tl.program_id(0) * ROWS + lines
     there = (lines < ROWS) & (row < n)
@@ -209,17 +198,14 @@ def skinny_linear_triton(
     bias: torch.Tensor | None,
     tile: Tile,
     scratch: tuple[torch.Tensor, torch.Tensor] | None,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `op.skinny_linear`; scratch is that of `Workspace.of`, and `None` where the tile is not split."""
     m, k = x.shape
     n = weight.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     partial, counters = (out, out) if scratch is None else scratch
-    width = ceil_div(n, tile.rows)
-    more, lines, line = planned(ahead, width)
     with on(x.device):
-        linear_kernel[(width, tile.split + more)](
+        linear_kernel[(ceil_div(n, tile.rows), tile.split)](
             x,
             x.stride(0),
             weight,
@@ -229,16 +215,12 @@ def skinny_linear_triton(
             out.stride(0),
             partial,
             counters,
-            x if ahead is None else ahead,
-            lines,
             m,
             n,
             k,
             BIAS=bias is not None,
             SPLIT=tile.split,
             PITCH=partial.shape[-1],
-            LINE=line,
-            THREADS=32 * tile.warps,
             **_constants(tile, m, n, k),
         )
     return out

@@ -71,7 +71,6 @@ def skinny_linear(
     bias: torch.Tensor | None = None,
     *,
     scratch: workspace.Workspace | None = None,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ W.T + bias in one launch that splits the columns among programs, for weights with few rows.
 
@@ -84,7 +83,6 @@ def skinny_linear(
         bias: [N], of x's dtype.
         scratch: Who keeps the partial sums; must live as long as a graph that was captured with it, and its launches
             must be ordered on one stream. `None` takes one that the process keeps, for all that runs on one stream.
-        ahead: What the kernels after this one read, [count] and dense: it is brought into the L2 beside the product.
 
     Returns:
         [M, N], without a gradient.
@@ -106,7 +104,7 @@ def skinny_linear(
 
     tile = tiles.linear_tile(x.shape[0], n, x.shape[1], processors(x.device))
     made = (scratch or workspace.shared()).of(x.device, n, tile.split) if tile.split > 1 else None
-    return skinny_linear_triton(x, weight, bias, tile, made, ahead)
+    return skinny_linear_triton(x, weight, bias, tile, made)
 
 
 def _check(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
