@@ -60,7 +60,8 @@ def card(monkeypatch, tmp_path):
     # A property over it from Triton 3.4 on
     monkeypatch.setattr(driver, "_active" if hasattr(type(driver), "active") else "active", made, raising=False)
     monkeypatch.setattr(launching, "_on_gpu", lambda _: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "current_device", made.get_current_device)
+    monkeypatch.setattr(launching, "_current_stream", made.get_current_stream)
     monkeypatch.setattr(launching, "_compiled", {})
     monkeypatch.setattr(launching, "_direct", True)
     monkeypatch.setattr(
