@@ -90,6 +90,8 @@ CALLS = {
     "of another dtype": norm(4, 64, dtype=torch.float32),
     "of a stride that takes 64 bits": norm(4, 64, outer=1 << 33),
     "of one that takes 32": norm(4, 64, outer=1 << 20),
+    "of one that takes 32 and that 16 does not divide": norm(4, 64, outer=(1 << 20) + 8),
+    "of one that takes 64 and that 16 does not divide": norm(4, 64, outer=(1 << 33) + 8),
     "with another number": norm(4, 64, number=1.0),
 }
 

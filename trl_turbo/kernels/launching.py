@@ -59,23 +59,32 @@ _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
 )
 
 
+# Of an argument, beside the numbers from -1 to 1 as they are, a dtype, `float` and what Triton takes for a constant
+_OF_32_BITS, _OF_32_BITS_BY_16, _OF_64_BITS, _OF_64_BITS_BY_16, _NOT_AT_16_BYTES = range(2, 7)
+
+
 def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
-    """What of the arguments Triton may compile a kernel anew for: one for each, and which tensors begin at 16 bytes.
+    """What of the arguments Triton may compile a kernel anew for.
 
     In one loop: a kernel takes two dozen, and a layer launches one kernel after the other.
     """
     kinds: list[Any] = []
-    add, aligned = kinds.append, 1
+    add = kinds.append
     for x in arguments:
         kind = type(x)
         if kind is int:
-            add(x if -1 <= x <= 1 else 2 + (x % 16 == 0) + 2 * (-0x80000000 <= x < 0x80000000))
+            if -1 <= x <= 1:
+                add(x)
+            elif -0x80000000 <= x < 0x80000000:
+                add(_OF_32_BITS if x & 15 else _OF_32_BITS_BY_16)
+            else:
+                add(_OF_64_BITS if x & 15 else _OF_64_BITS_BY_16)
         elif kind is float:
             add(float)
         elif kind is bool or x is None:
             add((x,))  # True is no 1
         else:
             add(x.dtype)
-            aligned = aligned << 1 | (x.data_ptr() % 16 == 0)
-    add(aligned)
+            if x.data_ptr() & 15:
+                add(_NOT_AT_16_BYTES)
     return kinds
