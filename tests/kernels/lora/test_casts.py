@@ -88,10 +88,13 @@ def test_cast_one_by_one(family):
         assert all(map(torch.equal, b, wanted_b))
 
 
-def passes(trained=True):
-    """Outputs and gradients of the projections of attention and of a gated MLP."""
-    ((q, k, v),), ((gate, up), (down,)) = FAMILIES["projections of attention"], FAMILIES["a gated MLP"]
-    x = torch.randn(24, IN, generator=torch.Generator().manual_seed(3)).to(BF16).requires_grad_(trained)
+def passes(trained=True, moved=lambda x: x):
+    """Outputs and gradients of the projections of attention and of a gated MLP, `moved` to a device."""
+    q, k, v, gate, up, down = [
+        moved(p) for name in ("projections of attention", "a gated MLP") for ps in FAMILIES[name] for p in ps
+    ]
+    x = torch.randn(24, IN, generator=torch.Generator().manual_seed(3))
+    x = x.to(q.base.weight.device, BF16).requires_grad_(trained)
     outputs = *lora_qkv(x, q, k, v), lora_mlp(x, gate, up, down, "silu")
     if not trained:
         return outputs
