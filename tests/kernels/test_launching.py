@@ -60,7 +60,8 @@ def card(monkeypatch, tmp_path):
     # A property over it from Triton 3.4 on
     monkeypatch.setattr(driver, "_active" if hasattr(type(driver), "active") else "active", made, raising=False)
     monkeypatch.setattr(launching, "_on_gpu", lambda _: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "current_device", made.get_current_device)
+    monkeypatch.setattr(launching, "_current_stream", made.get_current_stream)
     monkeypatch.setattr(launching, "_compiled", {})
     monkeypatch.setattr(launching, "_direct", True)
     monkeypatch.setattr(
@@ -89,6 +90,8 @@ CALLS = {
     "of another dtype": norm(4, 64, dtype=torch.float32),
     "of a stride that takes 64 bits": norm(4, 64, outer=1 << 33),
     "of one that takes 32": norm(4, 64, outer=1 << 20),
+    "of one that takes 32 and that 16 does not divide": norm(4, 64, outer=(1 << 20) + 8),
+    "of one that takes 64 and that 16 does not divide": norm(4, 64, outer=(1 << 33) + 8),
     "with another number": norm(4, 64, number=1.0),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_ROWS = 1 << 30
 _HERE = nullcontext()
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+#: `torch.cuda.current_device` without asking first whether CUDA has begun: where there is a tensor on it, it has.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def takes(*tensors: torch.Tensor) -> bool:
@@ -29,7 +33,7 @@ def takes(*tensors: torch.Tensor) -> bool:
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, the stream being that one's current one."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if device.type != "cuda" or device.index == current_device():
         return _HERE
     return torch.cuda.device(device)
 

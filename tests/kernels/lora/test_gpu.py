@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from tests.kernels.lora.linears import parameters, peft_layer, plainly, projection
+from tests.kernels.lora.test_casts import BF16, half, passes
 from trl_turbo.kernels.linear_logprob.reference import excess_error
-from trl_turbo.kernels.lora import Dense, Projection, lora_linear, lora_mlp, lora_qkv, scratch
+from trl_turbo.kernels.lora import Dense, Projection, casts, lora_linear, lora_mlp, lora_qkv, scratch, together
 from trl_turbo.patches.lora.plan import projection as planned
 
 pytestmark = pytest.mark.gpu
@@ -110,6 +111,24 @@ def test_a_recomputed_forward_draws_the_same():
         again = results(partial(checkpoint, run, use_reentrant=reentrant), x, grad, parameters(*made))
         for one, other in zip(again, plain, strict=True):
             assert torch.equal(one, other)
+
+
+def test_adapters_cast_in_one_launch_have_the_bits_of_those_cast_one_by_one():
+    """Numbers that round up, down and to even, of all sizes; and all that passes make of them."""
+    family = [on_cuda(half(256, 256)), on_cuda(half(256, 256, seed=1))]
+    for i, weight in enumerate(parameters(*family)):
+        bits = torch.arange(weight.numel(), device="cuda", dtype=torch.int32) * 524_309 + i
+        weight.data.copy_(bits.view(torch.float32).nan_to_num(0.0, 0.0, 0.0).view(weight.shape))
+    (cast,) = casts.casts_of(together(*family))
+    with torch.no_grad():
+        found, wanted = cast.a, torch.cat([p.adapters[0].lora_A for p in family]).to(BF16)
+        assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+        for b, p in zip(cast.b, family, strict=True):
+            assert torch.equal(b.view(torch.int16), p.adapters[0].lora_B.to(BF16).view(torch.int16))
+    packed = passes(moved=on_cuda)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(casts, "_FEWEST", 1 << 10)
+        assert all(map(torch.equal, packed, passes(moved=on_cuda)))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "qkv"])

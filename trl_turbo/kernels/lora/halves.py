@@ -12,8 +12,9 @@ from trl_turbo.kernels.gated import gated_backward, gated_forward
 from trl_turbo.kernels.rows import takes
 
 from . import products
+from .casts import Cast
 from .products import States
-from .spec import Cast, Linears
+from .spec import Linears
 
 
 class Halves(NamedTuple):

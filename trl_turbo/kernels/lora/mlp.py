@@ -18,7 +18,8 @@ from trl_turbo.kernels.autograd import once_differentiable
 
 from . import halves as both
 from . import products
-from .spec import Cast, Linears, check_unchanged, plainly, rows_of, shaped, to
+from .casts import Cast, casts_of
+from .spec import Linears, check_unchanged, plainly, rows_of, shaped, to
 
 #: Bytes that one [rows, I] of a tile may take; three of them are in use at a time. Half of it is 9 % slower on one H200
 #: ([33,792, 8,960] in five tiles instead of three): a tile's launches cost the host more than the device needs for it.
@@ -56,12 +57,12 @@ def forward(x: torch.Tensor, gated: Gated, *, training: bool) -> torch.Tensor:
         training: Whether a backward pass follows.
     """
     y: torch.Tensor | None = None
-    cast = Cast(gated.first)
+    cast, cast_down = casts_of(gated.first, gated.down)
     for rows in tiles(x, gated):
         halves = both.compute(x[rows], gated.first, cast, training=training)
         h = both.product(halves, gated.first, cast, gated.activation, over=True)
         del halves
-        (part,), _, _ = products.forward(h, gated.down, training=training)
+        (part,), _, _ = products.forward(h, gated.down, cast_down, training=training)
         if part.shape[0] == x.shape[0]:
             return part
         if y is None:
@@ -96,10 +97,10 @@ class KeepsHalves(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, gated: Gated, *parameters: torch.Tensor) -> Any:  # noqa: ARG004
         """x [..., in] to [..., out]."""
         with plainly(x.device):
-            cast = Cast(gated.first)
+            cast, cast_down = casts_of(gated.first, gated.down)
             gate, up, low, states, ctx.apart = halves = both.compute(rows_of(x), gated.first, cast, training=True)
             h = both.product(halves, gated.first, cast, gated.activation, over=False)
-            (y,), low_down, states_down = products.forward(h, gated.down, training=True)
+            (y,), low_down, states_down = products.forward(h, gated.down, cast_down, training=True)
         ctx.save_for_backward(x, gate, up, low, low_down)
         ctx.states = states, states_down
         ctx.gated, ctx.versions = gated, _versions(gated)
@@ -114,7 +115,7 @@ class KeepsHalves(torch.autograd.Function):
         states, states_down = ctx.states
         halves = both.Halves(gate, up, low, states, ctx.apart)
         with plainly(x.device):
-            casts = Cast(ctx.gated.first), Cast(ctx.gated.down)
+            casts = casts_of(ctx.gated.first, ctx.gated.down)
             of_x, rest = _gradients(rows_of(x), rows_of(grad), halves, low_down, states_down, ctx, casts, over=False)
             rest = products.in_dtypes(rest, _parameters(ctx.gated))
         return (None if of_x is None else of_x.view(x.shape)), None, *rest
@@ -144,7 +145,7 @@ class KeepsInput(torch.autograd.Function):
         of_x: torch.Tensor | None = None
         rest: list[torch.Tensor | None] = []
         with plainly(x.device):
-            casts = Cast(gated.first), Cast(gated.down)
+            casts = casts_of(gated.first, gated.down)
             for part in tiles(rows, gated):
                 halves = both.compute(rows[part], gated.first, casts[0], training=True)
                 parts = part.stop - part.start < rows.shape[0]
@@ -204,7 +205,7 @@ def _gradients(
     low_down: torch.Tensor | None,
     states_down: products.States,
     ctx: Any,
-    casts: tuple[Cast, Cast],
+    casts: list[Cast],
     *,
     over: bool,
     parts: bool = False,

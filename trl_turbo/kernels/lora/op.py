@@ -9,7 +9,8 @@ import torch
 from trl_turbo.kernels.autograd import once_differentiable
 
 from . import mlp, products, single
-from .spec import Cast, Linears, Projection, check_unchanged, plainly, rows_of, shaped, together
+from .casts import Cast
+from .spec import Linears, Projection, check_unchanged, plainly, rows_of, shaped, together
 
 
 def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -59,7 +60,7 @@ def lora_qkv(x: torch.Tensor, *projections: Projection) -> tuple[torch.Tensor, .
     if torch.is_grad_enabled() and (x.requires_grad or linears.have_gradient()):
         return _Linears.apply(x, linears, *linears.parameters)
     with plainly(x.device):
-        return tuple(shaped(y, x) for y in products.forward(rows_of(x), linears, training=False)[0])
+        return tuple(shaped(y, x) for y in products.forward(rows_of(x), linears, Cast(linears), training=False)[0])
 
 
 def lora_mlp(x: torch.Tensor, gate: Projection, up: Projection, down: Projection, activation: str) -> torch.Tensor:
@@ -101,7 +102,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, linears: Linears, *parameters: torch.Tensor) -> Any:  # noqa: ARG004
         with plainly(x.device):
-            outputs, low, ctx.states = products.forward(rows_of(x), linears, training=True)
+            outputs, low, ctx.states = products.forward(rows_of(x), linears, Cast(linears), training=True)
         needs = ctx.needs_input_grad[2:]
         ctx.save_for_backward(x if any(needs[::2]) else None, low if any(needs[1::2]) else None)
         ctx.linears, ctx.versions, ctx.shape, ctx.dtype = linears, linears.versions(), x.shape, x.dtype

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
+from .casts import Cast
 from .dropout import drop, replay
-from .spec import Adapter, Cast, Linears, to
+from .spec import Adapter, Linears, to
 
 #: For each adapter the generator's state before its dropout, `None` where nothing was dropped
 States = tuple[torch.Tensor | None, ...]
@@ -23,15 +24,17 @@ _GIVES_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()
 _unread: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
-def forward(x: torch.Tensor, linears: Linears, *, training: bool) -> tuple[list[torch.Tensor], torch.Tensor, States]:
+def forward(
+    x: torch.Tensor, linears: Linears, cast: Cast, *, training: bool
+) -> tuple[list[torch.Tensor], torch.Tensor, States]:
     """Outputs [N, out] of each projection, `low` [N, R] and the states of dropout.
 
     Args:
         x: [N, in], contiguous.
         linears: Of this input.
+        cast: Their adapters.
         training: Whether a backward pass follows.
     """
-    cast = Cast(linears)
     outputs = bases(x, linears, training=training)
     low, states = narrow(x, linears, cast)
     return add_adapters(outputs, low, linears, cast), low, states

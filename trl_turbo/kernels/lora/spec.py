@@ -98,6 +98,9 @@ class Linears:
         rounded: Whether the gradients of all adapters end in `compute`.
         plain: Whether they are one linear with one adapter that drops nothing, all in the dtype in which it multiplies.
         parameters: lora_A and lora_B of each adapter in turn.
+        stacked: All lora_A, then all lora_B.
+        elements: In all of them.
+        pack: What adapters must have in common to be cast in one launch, `None` where these are not.
     """
 
     def __init__(self, projections: tuple[Projection, ...]) -> None:
@@ -116,6 +119,9 @@ class Linears:
         self.scaling = scalings.pop() if len(scalings) == 1 else None
         self.drops = any(adapter.dropout for adapter in self.adapters)
         self.parameters = tuple(x for adapter in self.adapters for x in (adapter.lora_A, adapter.lora_B))
+        self.stacked = (*self.parameters[::2], *self.parameters[1::2])
+        self.elements = sum(x.numel() for x in self.stacked)
+        self.pack = _pack(self.stacked, self.compute)
         self.ranks = [adapter.rank for adapter in self.adapters]
         ends = list(itertools.accumulate(self.ranks))
         self.columns = tuple(slice(*ends) for ends in zip([0, *ends[:-1]], ends, strict=True)) if ends else ()
@@ -145,32 +151,18 @@ class Linears:
         return any(x.requires_grad for x in self.parameters)
 
 
-class Cast:
-    """The adapters of some linears in the dtype in which they multiply; made when first asked for, for one pass.
+# Where torch's memory for a tensor of its own begins, in bytes: products must find in a buffer what they find there
+_BEGINS = 512
 
-    Args:
-        linears: Whose.
-    """
 
-    def __init__(self, linears: Linears) -> None:
-        self._linears = linears
-        self._a: torch.Tensor | None = None
-        self._b: list[torch.Tensor] | None = None
-
-    @property
-    def a(self) -> torch.Tensor:
-        """lora_A of all, [R, in]."""
-        if self._a is None:
-            stacked = [adapter.lora_A for adapter in self._linears.adapters]
-            self._a = to(stacked[0] if len(stacked) == 1 else torch.cat(stacked), self._linears.compute)
-        return self._a
-
-    @property
-    def b(self) -> list[torch.Tensor]:
-        """lora_B of each, [out, r]."""
-        if self._b is None:
-            self._b = [to(adapter.lora_B, self._linears.compute) for adapter in self._linears.adapters]
-        return self._b
+def _pack(adapters: tuple[torch.Tensor, ...], compute: torch.dtype) -> tuple[torch.dtype, ...] | None:
+    dtypes = {x.dtype for x in adapters}
+    if len(dtypes) != 1 or compute in dtypes or len({x.device for x in adapters}) > 1:
+        return None
+    if any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in adapters):
+        return None
+    begin = all(x.numel() * compute.itemsize % _BEGINS == 0 for x in adapters)
+    return (*dtypes, compute) if begin else None
 
 
 def _in_one_dtype(projection: Projection) -> bool:

@@ -123,6 +123,7 @@ class _Launch(NamedTuple):
     """What a launch is told beside its tensors."""
 
     programs: int
+    strides: tuple[tuple[int, ...], ...]  # of q, k and their results, but for the last
     angle_strides: tuple[tuple[int, int], ...]
     aligned: bool  # whether rows start at multiples of 16 bytes where their tensors do
     constants: dict[str, int]
@@ -133,23 +134,30 @@ def turn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.turn`; columns are side by side, R is above 0, and cos and sin are of one dtype."""
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    heads = [(x, x.stride()) for x in (q, k, q_out, k_out)]
-    made = _launch(
-        q.shape, k.shape[1], q.element_size(), cos.shape, cos.stride(), sin.stride(), *(strides for _, strides in heads)
-    )
+    heads = (q, k, q_out, k_out)
+    strides = q.stride(), k.stride(), q_out.stride(), k_out.stride()
+    made = _launch(q.shape, k.shape[1], q.element_size(), cos.shape, cos.stride(), sin.stride(), *strides)
+    of_q, of_k, of_q_out, of_k_out = made.strides
     cos_strides, sin_strides = made.angle_strides
     with on(q.device):
         launch(
             turn_kernel,
             made.programs,
-            *(y for x, strides in heads for y in (x, *strides[:3])),
+            q,
+            *of_q,
+            k,
+            *of_k,
+            q_out,
+            *of_q_out,
+            k_out,
+            *of_k_out,
             cos,
             *cos_strides,
             sin,
             *sin_strides,
             q.shape[2],
             **made.constants,
-            ALIGNED=made.aligned and all(x.data_ptr() % 16 == 0 for x, _ in heads),
+            ALIGNED=made.aligned and all(x.data_ptr() % 16 == 0 for x in heads),
             INTERLEAVED=interleaved,
             BACK=back,
         )
@@ -182,6 +190,7 @@ def _launch(
     ]
     return _Launch(
         programs=batch * length,
+        strides=tuple(of_tensor[:3] for of_tensor in strides),
         angle_strides=tuple((0 if angles[0] == 1 else of[0], of[1]) for of in (cos_strides, sin_strides)),
         aligned=all(step * itemsize % 16 == 0 for step in steps),
         constants={

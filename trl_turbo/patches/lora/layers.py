@@ -12,7 +12,7 @@ import torch
 
 from trl_turbo.kernels.lora import lora_linear
 from trl_turbo.patches.lora.group import from_group
-from trl_turbo.patches.lora.plan import Left, projection
+from trl_turbo.patches.lora.plan import Left, projection, surroundings
 from trl_turbo.patching import Replacement
 from trl_turbo.report import note
 
@@ -41,8 +41,9 @@ def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         reason = plainly_called(x, args, kwargs)
         if reason is None:
             try:
-                found = projection(self, x.dtype, x.device)
-                y = from_group(self, x, found)
+                around = surroundings(x.dtype, x.device)
+                found = projection(self, x.dtype, x.device, around)
+                y = from_group(self, x, found, around)
                 return lora_linear(x, found) if y is None else y
             except Left as left:
                 reason = str(left)

@@ -13,7 +13,7 @@ from trl_turbo.kernels.lora import lora_mlp
 from trl_turbo.patches.blocks.classes import State, only_argument
 from trl_turbo.patches.blocks.mlp import GatedVerdicts
 from trl_turbo.patches.lora.layers import plainly_called
-from trl_turbo.patches.lora.plan import Left, hooked, is_lora, projection
+from trl_turbo.patches.lora.plan import Left, hooked, is_lora, projection, surroundings
 from trl_turbo.report import note
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -27,7 +27,8 @@ class LoraVerdicts(GatedVerdicts):
 
 def linears_of(module: nn.Module) -> tuple[nn.Module, ...]:
     """The three linears where at least one has an adapter, else none."""
-    found = tuple(m for name in NAMES if (m := module._modules.get(name)) is not None)
+    modules = module._modules
+    found = tuple([m for name in NAMES if (m := modules.get(name)) is not None])
     return found if len(found) == len(NAMES) and any(map(is_lora, found)) else ()
 
 
@@ -42,12 +43,14 @@ def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if not linears or plainly_called(x, (), {}) is not None:
             return original(self, *args, **kwargs)
         act: Any = verdicts.mark(self)
-        if hooked(*linears) or (isinstance(act, nn.Module) and (hooked(act) or any(True for _ in act.parameters()))):
+        if hooked(*linears) or (isinstance(act, nn.Module) and (hooked(act) or _has_parameters(act))):
             note("lora", "MLPs with hooks inside run linear by linear")
             return original(self, *args, **kwargs)
         try:
-            gate, up = (projection(linear, x.dtype, x.device) for linear in linears[:2])
-            down = projection(linears[2], gate.result, x.device)
+            dtype, device = x.dtype, x.device
+            around = surroundings(dtype, device)
+            gate, up = [projection(linear, dtype, device, around) for linear in linears[:2]]
+            down = projection(linears[2], gate.result, device, around if gate.result == dtype else None)
         except Left:  # the layer that is left notes why
             return original(self, *args, **kwargs)
         state = State.of(self, x)
@@ -59,3 +62,9 @@ def make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return lora_mlp(x, gate, up, down, activation)
 
     return forward
+
+
+def _has_parameters(act: nn.Module) -> bool:
+    if not act._parameters and not act._modules:  # as those of most models; asked in each pass
+        return False
+    return any(True for _ in act.parameters())

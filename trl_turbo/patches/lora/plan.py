@@ -7,6 +7,7 @@ back unless `torch.is_autocast_enabled()`, which asks about CUDA alone.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,8 +28,20 @@ _any_module_hooked = nn.modules.module._has_any_global_hook
 _known: WeakKeyDictionary[nn.Module, dict[Any, Projection]] = WeakKeyDictionary()
 _MOST_STATES = 8
 
+#: What a layer is called in: dtype and device of its input, autocast, and whether all modules have hooks.
+Surroundings = tuple[torch.dtype, torch.device, bool, bool, torch.dtype, bool]
 
-def projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Projection:
+
+def surroundings(x_dtype: torch.dtype, device: torch.device) -> Surroundings:
+    """What `projection` asks that is no layer's own; asked once for all the layers of one input."""
+    kind = device.type
+    autocast, of_cuda = torch.is_autocast_enabled(kind), torch.is_autocast_enabled()
+    return x_dtype, device, autocast, of_cuda, torch.get_autocast_dtype(kind), bool(_any_module_hooked())
+
+
+def projection(
+    layer: Any, x_dtype: torch.dtype, device: torch.device, around: Surroundings | None = None
+) -> Projection:
     """What `layer` computes of an x [..., in] of a dtype on a device, with autocast as it is now.
 
     The same object as long as the layer is in the same state.
@@ -37,11 +50,12 @@ def projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Projec
         layer: A LoRA layer of PEFT's, or a frozen linear without one.
         x_dtype: Dtype of x.
         device: Of x.
+        around: The `surroundings` of this dtype and device as they are now, where the caller has them.
 
     Raises:
         Left: It runs its own forward.
     """
-    state = _state(layer, x_dtype, device)
+    state = around or surroundings(x_dtype, device), _state(layer)
     known = _known.get(layer)
     if known is None:
         known = _known[layer] = {}
@@ -53,48 +67,63 @@ def projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Projec
     return found
 
 
-def _state(layer: Any, x_dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """All that `_projection` asks and that may be another at the next call, read without nn.Module.__getattr__.
+def _state(layer: Any) -> tuple[Any, ...]:
+    """All that `_projection` asks of a layer and that may be another at the next call.
 
+    Read without nn.Module.__getattr__ and PEFT's properties, in the fewest steps: each pass asks it of each layer.
     Weights go in by identity, which their `Projection` keeps from being given to others.
     """
-    kind = device.type
-    state: list[Any] = [x_dtype, device, torch.is_autocast_enabled(kind), torch.is_autocast_enabled()]
-    state += (torch.get_autocast_dtype(kind), bool(_any_module_hooked()))
-    own = vars(layer)
+    own = layer.__dict__
     modules = own["_modules"]
     adapters = modules.get("lora_A")
     if adapters is None:
-        return (*state, *_state_of(layer))
-    state += (layer.disable_adapters, bool(layer.merged_adapters), own.get("cast_input_dtype_enabled", True))
+        return _state_of(layer)
+    adapters, drops, others = adapters._modules, modules["lora_dropout"]._modules, modules["lora_B"]._modules
     variants, dora, scaling = own.get("lora_variant"), own.get("use_dora"), own["scaling"]
     if variants is None:
-        variants = modules.get("lora_variant") or {}
+        variants = modules.get("lora_variant") or ()
+    of_adapters = []
     for name in layer.active_adapters:
-        a = adapters._modules.get(name)
+        a = adapters.get(name)
         if a is None:
             continue
-        dropout = modules["lora_dropout"]._modules[name]
-        drops = vars(dropout)
-        state += (name, scaling[name], name in variants, dora is not None and dora.get(name))
-        state += (type(dropout), drops["training"], drops.get("p"), _hooked(drops))
-        state += _state_of(a)
-        state += _state_of(modules["lora_B"]._modules[name])
-    return (*state, *_state_of(modules["base_layer"]))
+        dropout = drops[name]
+        kept = dropout.__dict__
+        of_adapters.append(
+            (
+                name,
+                scaling[name],
+                name in variants,
+                dora is not None and dora.get(name),
+                type(dropout),
+                kept["training"],
+                kept.get("p"),
+                _hooked(kept),
+                _state_of(a),
+                _state_of(others[name]),
+            )
+        )
+    return (
+        layer.disable_adapters,
+        bool(layer.merged_adapters),
+        own.get("cast_input_dtype_enabled", True),
+        *of_adapters,
+        _state_of(modules["base_layer"]),
+    )
 
 
 def _state_of(linear: Any) -> tuple[Any, ...]:
     """The same of a linear, with or without bitsandbytes."""
-    own = vars(linear)
+    own, kind = linear.__dict__, type(linear)
     parameters = own["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None:  # a plain attribute under FSDP and DataParallel; some layers have none
         weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
         if not isinstance(weight, torch.Tensor):
-            return (type(linear),)
-    kept = vars(weight)
+            return (kind,)
+    kept = weight.__dict__
     state = (
-        type(linear),
+        kind,
         id(weight),
         weight.dtype,
         weight.device,
@@ -105,7 +134,7 @@ def _state_of(linear: Any) -> tuple[Any, ...]:
         bias is not None and bias.requires_grad,
         _hooked(own),
     )
-    if type(linear) is nn.Linear and not kept:
+    if kind is nn.Linear and not kept:
         return state
     return (*state, id(kept.get("quant_state")), id(own.get("state")), id(own.get("compute_dtype")))
 
@@ -139,14 +168,18 @@ def _projection(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Proje
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether calling these runs more than the forward of their class."""
-    return bool(_any_module_hooked()) or any(_hooked(vars(module)) for module in modules)
+    return bool(_any_module_hooked()) or any(_hooked(module.__dict__) for module in modules)
 
 
 def _hooked(own: dict[str, Any]) -> bool:
     """The same of what is in one module; asked in each pass, so without a look-up through nn.Module.__getattr__."""
-    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return True
-    return bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def _over(a: Any, b: Any) -> str:
@@ -168,7 +201,13 @@ def _hook(module: nn.Module) -> str:
 
 def is_lora(module: Any) -> bool:
     """Whether a module is a LoRA layer over a linear, of those whose forward we replace."""
-    return any(scope.__name__ in _CLASSES and scope.__module__ in _MODULES for scope in type(module).__mro__)
+    kind: Any = type(module)
+    return _is_lora(kind)
+
+
+@functools.lru_cache(1024)  # each pass asks it of each linear
+def _is_lora(kind: type) -> bool:
+    return any(scope.__name__ in _CLASSES and scope.__module__ in _MODULES for scope in kind.__mro__)
 
 
 _CLASSES = ("Linear", "Linear4bit", "Linear8bitLt")
