@@ -136,11 +136,18 @@ def load_unsloth(args: argparse.Namespace, share: float) -> Any:
 
 
 def plan_of(trainer: Any) -> tuple[Any, Any]:
-    """What trl_turbo plans for this trainer, and what it measured of each phase, where it is on."""
+    """What trl_turbo plans for this trainer, and what it measured of each phase, where it is on.
+
+    There is no plan of a model that is spread over processes.
+    """
     turbo = sys.modules.get("trl_turbo")
     if turbo is None:
         return None, None
-    return turbo.plan(trainer).to_dict(), turbo.status().peaks
+    try:
+        planned = turbo.plan(trainer).to_dict()
+    except ValueError:
+        planned = None
+    return planned, turbo.status().peaks
 
 
 def explained(model: Any, vocabulary: int, length: int) -> float:
@@ -276,7 +283,7 @@ def main() -> None:
         "plan": planned,
         "phases": phases,
     }
-    if trainer.accelerator.num_processes == 1 and not args.unsloth:
+    if not args.unsloth:  # all ranks at once, whose shards it takes
         result["logp_gap_explained"] = explained(trainer.model, len(tokenizer), 128)
     if trainer.accelerator.num_processes > 1:
         result = ranks.together(result, trainer.model)
