@@ -1,4 +1,4 @@
-"""Install with uv what pip would: its settings here (indexes, folders, constraints) are told to uv, which does not read them."""
+"""Install with uv what pip would: uv reads none of pip's settings (indexes, folders, constraints), and is told them."""
 
 import ast
 import subprocess
