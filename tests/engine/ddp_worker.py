@@ -97,8 +97,7 @@ class Bench:
         if llm is not None:
             llm._give_up()  # vLLM's own shutdown would end torch.distributed
         trl_turbo.unpatch()
-        gc.collect()
-        gc.freeze()  # as in conftest.py
+        gc.freeze()  # as in conftest.py: collected they were already
         return found
 
     def dying(self) -> Found:

@@ -119,8 +119,7 @@ def _train(
     llm._give_up()  # vLLM's own shutdown would take the process group along, which the next training needs
     destroy_model_parallel()  # its groups are for one size
     trl_turbo.unpatch()
-    gc.collect()
-    gc.freeze()  # as in conftest.py
+    gc.freeze()  # as in conftest.py: collected they were already
     return found
 
 
