@@ -36,6 +36,8 @@ def _quiet():
 def _collected():
     yield
     gc.collect()
+    if not gc.get_freeze_count():  # by the end of an engine: vLLM thaws what `_quick_collections` froze, and its own
+        gc.freeze()
 
 
 def free_port() -> int:

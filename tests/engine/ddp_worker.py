@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -96,6 +97,7 @@ class Bench:
         if llm is not None:
             llm._give_up()  # vLLM's own shutdown would end torch.distributed
         trl_turbo.unpatch()
+        gc.freeze()  # as in conftest.py: collected they were already
         return found
 
     def dying(self) -> Found:

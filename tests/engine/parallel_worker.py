@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -118,6 +119,7 @@ def _train(
     llm._give_up()  # vLLM's own shutdown would take the process group along, which the next training needs
     destroy_model_parallel()  # its groups are for one size
     trl_turbo.unpatch()
+    gc.freeze()  # as in conftest.py: collected they were already
     return found
 
 
