@@ -37,4 +37,9 @@ for name, value in {**found["global"], **found["install"], **found[":env:"]}.ite
 
 # As pip does, the best version of all places, not the first place's
 command = [find_uv_bin(), "pip", "install", "--quiet", "--index-strategy=unsafe-best-match", *options, *sys.argv[1:]]
-sys.exit(subprocess.run(command).returncode)
+status = subprocess.run(command).returncode
+if status:
+    print(f"uv ended with {status}: installed by pip instead", file=sys.stderr)
+    _, _, _, python, *rest = sys.argv[1:]  # --cache-dir FOLDER --python PYTHON, and what pip takes as well
+    status = subprocess.run([python, "-I", "-m", "pip", "install", "--no-compile", *rest]).returncode
+sys.exit(status)
