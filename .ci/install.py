@@ -39,7 +39,7 @@ for name, value in {**found["global"], **found["install"], **found[":env:"]}.ite
 command = [find_uv_bin(), "pip", "install", "--quiet", "--index-strategy=unsafe-best-match", *options, *sys.argv[1:]]
 status = subprocess.run(command).returncode
 if status:
-    print(f"uv ended with {status}: installed by pip instead", file=sys.stderr)
+    sys.stderr.write(f"uv ended with {status}: installed by pip instead\n")
     _, _, _, python, *rest = sys.argv[1:]  # --cache-dir FOLDER --python PYTHON, and what pip takes as well
     status = subprocess.run([python, "-I", "-m", "pip", "install", "--no-compile", *rest]).returncode
 sys.exit(status)
