@@ -57,11 +57,11 @@ class LayerVerdicts(Verdicts[NormForm]):
     def mark(self, module: Any) -> Hashable:
         """The norm's."""
         norm = module._modules["post_attention_layernorm"]
-        return norms._weight(norm).dtype, norms._eps(norm)
+        return norms.weight_of(norm).dtype, norms.eps_of(norm)
 
     def traits(self, module: Any) -> Hashable:
         """Both norms' classes, too."""
-        return self.mark(module), norms._eps(module.input_layernorm), *map(own_class, _both(module))
+        return self.mark(module), norms.eps_of(module.input_layernorm), *map(own_class, _both(module))
 
     def decide(self, module: Any, state: State) -> tuple[NormForm | None, str]:
         """The second norm's form, where the layer is norm, attention, sum, norm, MLP and sum."""
@@ -105,7 +105,7 @@ def make_forward(original: Forward) -> Forward:
             return original(self, *args, **kwargs)
         parts = self._modules
         norm = parts["post_attention_layernorm"]
-        weight = norms._weight(norm)
+        weight = norms.weight_of(norm)
         own = vars(norm)
         if not runs_plainly(weight) or weight.device != x.device or weight.shape != x.shape[-1:] or _hooked(own):
             return original(self, *args, **kwargs)
@@ -117,7 +117,7 @@ def make_forward(original: Forward) -> Forward:
         attended = parts["self_attn"](**given)[0]
         if attended.dtype == x.dtype and attended.shape == x.shape:
             normed, total = add_rms_norm(
-                attended, x, weight, norms._eps(norm), offset=form.offset, scale_in_float32=form.scale_in_float32
+                attended, x, weight, norms.eps_of(norm), offset=form.offset, scale_in_float32=form.scale_in_float32
             )
         else:
             total = x + attended
@@ -161,7 +161,7 @@ class _Attention(nn.Module):
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
     """Modules of two norms, an attention and an MLP, and nothing else."""
-    known = {id(norm) for norm in norms._norms(model)}
+    known = {id(norm) for norm in norms.norms_of(model)}
     for module in model.modules():
         if module._modules.keys() != _PARTS or any(module.parameters(recurse=False)):
             continue
