@@ -100,11 +100,13 @@ def norms_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def weight_of(module: Any) -> Any:
+    """A norm's weight as it is now: whole, or sharded."""
     # nn.Module's own look-up takes longer than all else that a call is asked
     found = module._parameters.get("weight")
     return getattr(module, "weight", None) if found is None else found  # a plain attribute under FSDP and DataParallel
 
 
 def eps_of(module: Any) -> Any:
+    """What a norm adds to the mean square, by either of its usual names; `None` where it has none."""
     own = vars(module)
     return own.get("variance_epsilon", own.get("eps"))
