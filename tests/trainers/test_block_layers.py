@@ -105,11 +105,19 @@ def parallel(self: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor
     return x + attended + self.mlp(self.post_attention_layernorm(x))
 
 
+def with_router(self: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    """As Mixtral's once: what the router says comes out of the layer, too."""
+    x = x + self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
+    answer = self.mlp(self.post_attention_layernorm(x))
+    return (x + answer[0], answer[1]) if isinstance(answer, tuple) else x + answer
+
+
 OTHERS: dict[str, tuple[Callable[..., Any], str]] = {
     "half of attention": (lambda self, x, kw: steps(self, x, kw, 0.5), "computes something else"),
     "the MLP beside attention": (parallel, "computes something else"),
     "a mask that stays behind": (without_mask, "does not hand all that it is called with to attention"),
     "a second result": (lambda self, x, kw: (steps(self, x, kw), x), "returns another number of tensors"),
+    "a router's answer": (with_router, "returns another number of tensors"),
     "attention by position": (
         lambda self, x, kw: x + self.self_attn(self.input_layernorm(x), **kw)[0],
         "on random input raised TypeError",
@@ -141,6 +149,23 @@ class Routed(Layer):
 def test_a_parameter_that_is_not_known() -> None:
     prepared(planted(Routed, steps), "norms")
     assert [n for n in notes() if "Planted takes output_router_logits, which is not known" in n], notes()
+
+
+def first_of_both(self: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """As Qwen3-MoE's in transformers 4."""
+    x = x + self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
+    answer = self.mlp(self.post_attention_layernorm(x))
+    return x + (answer[0] if isinstance(answer, tuple) else answer)
+
+
+def test_a_router_that_answers_beside_its_mlp() -> None:
+    layer, x = prepared(planted(Layer, first_of_both), "norms")[0], torch.randn(2, 5, 16)
+    plain = layer(x)
+    mlp = layer.mlp.forward
+    layer.mlp.forward = lambda x: (mlp(x), x)
+    routed = layer(x)
+    assert adds(routed) == 1
+    torch.testing.assert_close(routed, plain)
 
 
 def test_attention_gets_what_the_layer_is_called_with() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from trl_turbo.compat.sharded import own_class
 from trl_turbo.kernels.rms_norm import add_rms_norm
 from trl_turbo.patches.blocks import norms
-from trl_turbo.patches.blocks.agreement import choose, generator
+from trl_turbo.patches.blocks.agreement import RAISED, choose, generator
 from trl_turbo.patches.blocks.classes import (
     Forward,
     State,
@@ -68,29 +68,39 @@ class LayerVerdicts(Verdicts[NormForm]):
         others = sorted(_parameters(self.original) - _KNOWN)
         if others:
             return None, f"takes {', '.join(others)}, which is not known"
+        reason = self._otherwise(module, state, routed=False)
+        if reason is None and (reason := self._otherwise(module, state, routed=True)) is not None:
+            # Layers of no experts have no word for a router's answer, and never get one
+            reason = None if reason.startswith(RAISED) else reason
+        if reason is not None:
+            return None, reason
+        norm = module.post_attention_layernorm
+        asked = adopted(own_class(norm), self.feature)
+        return (None, "has a norm that is not ours") if asked is None else asked.answer(norm, state)
+
+    def _otherwise(self, module: Any, state: State, *, routed: bool) -> str | None:
+        """Why a layer with other parts in it, an MLP that answers with its router's among them, is of another form."""
         given = {name: object() for name in _parameters(self.original) - {"past_key_values", "use_cache"}}
         handed: list[dict[str, Any]] = []
 
         def original(x: torch.Tensor) -> Any:
-            parts = _stand_ins()
+            parts = _stand_ins(routed)
             out = self.original(stand_in(module, **parts), x, **given)
             handed.append(parts["self_attn"].given)
             return out
 
         def ours(x: torch.Tensor) -> torch.Tensor:
-            parts = _stand_ins()
+            parts = _stand_ins(routed)
             total = parts["self_attn"](hidden_states=parts["input_layernorm"](x))[0] + x
-            return total + parts["mlp"](parts["post_attention_layernorm"](total))
+            return total + _first(parts["mlp"](parts["post_attention_layernorm"](total)))
 
         x = torch.randn(2, _ROWS // 2, _WIDTH, generator=generator()).to(state.device, state.dtype)
         same, reason = choose(original, {True: ours}, [x], differentiable=1)
         if same is None:
-            return None, reason
+            return reason
         if any(words != _handed_on(self.original, given) for words in handed):
-            return None, "does not hand all that it is called with to attention"
-        norm = module.post_attention_layernorm
-        asked = adopted(own_class(norm), self.feature)
-        return (None, "has a norm that is not ours") if asked is None else asked.answer(norm, state)
+            return "does not hand all that it is called with to attention"
+        return None
 
 
 def make_forward(original: Forward) -> Forward:
@@ -122,30 +132,35 @@ def make_forward(original: Forward) -> Forward:
         else:
             total = x + attended
             normed = norm(total)
-        return total + parts["mlp"](normed)
+        return total + _first(parts["mlp"](normed))
 
     forward.__dict__["verdicts"] = verdicts
     return forward
 
 
-def _stand_ins() -> dict[str, Any]:
+def _first(answer: Any) -> Any:
+    """An MLP's output, without its router's."""
+    return answer[0] if isinstance(answer, tuple) else answer
+
+
+def _stand_ins(routed: bool) -> dict[str, Any]:
     """A layer's parts: each computes something else, and does so without a kernel of ours."""
     return {
         "input_layernorm": _Part(lambda x: x * torch.sigmoid(x)),
         "self_attn": _Attention(),
         "post_attention_layernorm": _Part(lambda x: x - torch.tanh(x)),
-        "mlp": _Part(lambda x: torch.cos(x) * x),
+        "mlp": _Part(lambda x: (torch.cos(x) * x, x) if routed else torch.cos(x) * x),
     }
 
 
 class _Part(nn.Module):
     """Computes a function of its input."""
 
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, function: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()
         self._function = function
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self._function(x)
 
 
