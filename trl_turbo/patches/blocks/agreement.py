@@ -27,7 +27,6 @@ Computation = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 Form = TypeVar("Form")
 
 OTHERWISE = "computes something else"
-RAISED = "on random input raised"
 
 _FORMULA_ULPS = 64
 _OWN_ULPS = 16
@@ -66,7 +65,7 @@ def disagreement(
         truth = _run(original, exact_inputs, differentiable, dtype)
         plain = _run(original, inputs, differentiable, dtype)
     except Exception as error:
-        return f"{RAISED} {type(error).__name__}: {_first_line(error)}", math.inf
+        return f"on random input raised {type(error).__name__}: {_first_line(error)}", math.inf
     try:
         exact = _run(ours, exact_inputs, differentiable, dtype)
         found = _run(ours, inputs, differentiable, dtype)

@@ -118,7 +118,7 @@ def adopt_classes(
         kind = own_class(module)
         reason = _taken(module) or unreachable(*module.parameters())
         if reason is None:
-            ours = adopted(kind, feature)
+            ours = _adopted(kind, feature)
             if ours is None and runs_our_lora(kind):
                 continue  # it was there first, and has all of the module in one function
             asked = ours or judges.setdefault(kind, verdicts(_raw_forward(kind)))
@@ -197,7 +197,7 @@ def _raw_forward(kind: type) -> Forward:
     return next(vars(scope)["forward"] for scope in kind.__mro__ if "forward" in vars(scope))
 
 
-def adopted(kind: type, feature: str) -> Any:
+def _adopted(kind: type, feature: str) -> Any:
     """The verdicts of a class whose forward we have replaced, or inherits one that we have."""
     for target in _chain(kind):
         found = getattr(target, "verdicts", None)

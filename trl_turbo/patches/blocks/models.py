@@ -9,16 +9,12 @@ from typing import Any
 from torch import nn
 
 from trl_turbo.patches import preparing
-from trl_turbo.patches.blocks import layers, mlp, norms, rope
+from trl_turbo.patches.blocks import mlp, norms, rope
 from trl_turbo.patches.preparing import probe as probe
 from trl_turbo.patching import Replacement
 from trl_turbo.report import note
 
-ADOPT: dict[str, tuple[Callable[[nn.Module], None], ...]] = {
-    "norms": (norms.adopt, layers.adopt),
-    "rope": (rope.adopt,),
-    "mlp": (mlp.adopt,),
-}
+ADOPT: dict[str, Callable[[nn.Module], None]] = {"norms": norms.adopt, "rope": rope.adopt, "mlp": mlp.adopt}
 
 
 def build(module: ModuleType, feature: str) -> Iterator[Replacement]:
@@ -40,8 +36,7 @@ def adopt(feature: str, model: nn.Module, *, compiles: bool = False) -> None:
     if reason is not None:
         note(feature, f"{_name(model)}: {reason}; it is left alone")
     else:
-        for adopt_parts in ADOPT[feature]:
-            adopt_parts(model)
+        ADOPT[feature](model)
 
 
 def _compiles(accelerator: Any) -> bool:

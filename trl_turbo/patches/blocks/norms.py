@@ -39,7 +39,7 @@ FORMS = (NormForm(0.0, False), NormForm(1.0, True), NormForm(0.0, True), NormFor
 
 def adopt(model: nn.Module) -> None:
     """Let the classes of `model`'s norms run our op where they compute what it does."""
-    adopt_classes(norms_of(model), NormVerdicts, make_forward, lambda module: module.weight)
+    adopt_classes(_norms(model), NormVerdicts, make_forward, lambda module: module.weight)
 
 
 class NormVerdicts(Verdicts[NormForm]):
@@ -49,7 +49,7 @@ class NormVerdicts(Verdicts[NormForm]):
 
     def mark(self, module: Any) -> Hashable:
         """The weight's dtype, and eps."""
-        return weight_of(module).dtype, eps_of(module)
+        return _weight(module).dtype, _eps(module)
 
     def traits(self, module: Any) -> Hashable:
         """The width, too."""
@@ -57,7 +57,7 @@ class NormVerdicts(Verdicts[NormForm]):
 
     def decide(self, module: Any, state: State) -> tuple[NormForm | None, str]:
         """The form that agrees with the original."""
-        numbers, width, eps = generator(), whole_shape(module.weight)[0], eps_of(module)
+        numbers, width, eps = generator(), whole_shape(module.weight)[0], _eps(module)
         rows = 2 * max(32, math.ceil(_ELEMENTS / 2 / width))
         x = torch.randn(2, rows // 2, width, generator=numbers)
         x[:, ::2] *= math.sqrt(eps)  # rows so small that it matters where eps is added
@@ -78,35 +78,33 @@ def make_forward(original: Forward) -> Forward:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x: Any = only_argument(args, kwargs)
-        weight = weight_of(self)
+        weight = _weight(self)
         if not (runs_plainly(x) and runs_plainly(weight)) or x.device != weight.device or weight.shape != x.shape[-1:]:
             return original(self, *args, **kwargs)
         form = verdicts.form(self, State.of(self, x))
         if form is None:
             return original(self, *args, **kwargs)
-        return rms_norm(x, weight, eps_of(self), offset=form.offset, scale_in_float32=form.scale_in_float32)
+        return rms_norm(x, weight, _eps(self), offset=form.offset, scale_in_float32=form.scale_in_float32)
 
     forward.__dict__["verdicts"] = verdicts
     return forward
 
 
-def norms_of(model: nn.Module) -> Iterator[nn.Module]:
+def _norms(model: nn.Module) -> Iterator[nn.Module]:
     """Modules with one weight [D], an eps and nothing else."""
     for module in model.modules():
         weights = [p for p in module._parameters.values() if p is not None]
-        alone = len(weights) == 1 and not module._modules and not module._buffers and isinstance(eps_of(module), float)
+        alone = len(weights) == 1 and not module._modules and not module._buffers and isinstance(_eps(module), float)
         if alone and module._parameters.get("weight") is weights[0] and len(whole_shape(weights[0])) == 1:
             yield module
 
 
-def weight_of(module: Any) -> Any:
-    """A norm's weight as it is now: whole, or sharded."""
+def _weight(module: Any) -> Any:
     # nn.Module's own look-up takes longer than all else that a call is asked
     found = module._parameters.get("weight")
     return getattr(module, "weight", None) if found is None else found  # a plain attribute under FSDP and DataParallel
 
 
-def eps_of(module: Any) -> Any:
-    """What a norm adds to the mean square, by either of its usual names; `None` where it has none."""
+def _eps(module: Any) -> Any:
     own = vars(module)
     return own.get("variance_epsilon", own.get("eps"))
