@@ -146,6 +146,8 @@ def plan_of(trainer: Any) -> tuple[Any, Any]:
     try:
         planned = turbo.plan(trainer).to_dict()
     except ValueError:
+        if trainer.accelerator.num_processes == 1:
+            raise
         planned = None
     return planned, turbo.status().peaks
 
