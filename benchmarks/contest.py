@@ -50,12 +50,14 @@ class Contestant:
         path: Where to import TRL from, if not from the environment.
         launcher: What starts its processes, as Python's own arguments, where it is not this Python itself.
         same_weights: Whether it is wrong where its samples are not of the trainer's weights to rounding.
+        one_gpu: Whether it sees one GPU alone; transformers would spread a lone process's batch over all it sees.
     """
 
     arguments: Sequence[str] = ()
     path: str | None = None
     launcher: Sequence[str] = ()
     same_weights: bool = True
+    one_gpu: bool = False
 
 
 def patch_line(features: Iterable[str], more: str = "") -> str:
@@ -119,6 +121,8 @@ def run(module: str, contestant: Contestant, log: Path) -> dict[str, Any]:
     env = dict(os.environ)
     if contestant.path:
         env["PYTHONPATH"] = contestant.path + (os.pathsep + env["PYTHONPATH"] if env.get("PYTHONPATH") else "")
+    if contestant.one_gpu:
+        env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = [sys.executable, *contestant.launcher, "-m", module, *contestant.arguments]
     with log.open("w") as out:
         subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=env)

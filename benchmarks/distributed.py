@@ -1,7 +1,8 @@
 """A whole GRPO step on several GPUs of one host: TRL as it is, and the same script after `trl_turbo.patch()`.
 
     python -m benchmarks.distributed --way ddp --completion 1024 --out benchmarks/results/ranks_ddp
-    python -m benchmarks.distributed --way fsdp2 --shape llama3.1-8b --rank 0 --out benchmarks/results/ranks_fsdp2
+    python -m benchmarks.distributed --way fsdp2 --shape llama3.1-8b --rank 0 --prompts 4 --micro 32 --completion 256 \
+        --steps 6 --share 0.3 --out benchmarks/results/ranks_fsdp2
     python -m benchmarks.distributed --way tp --out benchmarks/results/ranks_tp
 
 `ddp` runs on one GPU and on all, each rank with as many sequences as one has alone, and judges the scaling; the step
@@ -46,7 +47,7 @@ def contestants(way: str, ranks: int, features: Sequence[str]) -> dict[str, Cont
     arguments = {"trl": more, "trl_turbo": [*more, "--before", contest.patch_line(features)]}
     counts = (1, ranks) if way == "ddp" else (ranks,)
     return {
-        f"{name} on {count}": Contestant(given, launcher=launcher(way, count))
+        f"{name} on {count}": Contestant(given, launcher=launcher(way, count), one_gpu=count == 1)
         for name, given in arguments.items()
         for count in counts
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import contest, distributed, longest, plan
+from benchmarks import contest, distributed, longest, measure, plan
 from benchmarks.contest import Contestant
 from benchmarks.tables import trainings
 
@@ -36,7 +36,10 @@ ANSWER: dict[str, Any] = {
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Call a command with what its runs answer; returns its exit status and what it wrote."""
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="0\n"))  # no model, no nvidia-smi
+    # No model, no nvidia-smi; others start processes too, as matplotlib does where it finds fonts for the first time
+    said = SimpleNamespace(**vars(subprocess) | {"run": lambda *a, **k: SimpleNamespace(stdout="0\n")})
+    for module in (contest, measure, plan):
+        monkeypatch.setattr(module, "subprocess", said)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
 
     def call(name: str, answer: Any, *arguments: str, out: str = "out") -> tuple[int, dict[str, Any]]:
@@ -121,6 +124,7 @@ def test_distributed(call: Any, tmp_path: Path, way: str, runs: int) -> None:
 
     def answer(who: Contestant) -> dict[str, Any]:
         launchers.append(who.launcher)
+        assert who.one_gpu is not bool(who.launcher)
         if not who.launcher:
             return ANSWER
         link = {"latency_s": 1e-5, "bytes_s": 1e11}
@@ -170,3 +174,16 @@ def test_what_failed_is_told_and_not_what_was_said_on_the_way_out(tmp_path: Path
     )
     found = contest.run("fails_here", Contestant(path=str(tmp_path)), tmp_path / "log")
     assert found == {"error": "ValueError: no room"}
+
+
+def test_a_lone_process_sees_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tells.py").write_text(
+        "import json, os\nprint('RESULT ' + json.dumps({'sees': os.environ['CUDA_VISIBLE_DEVICES']}))\n"
+    )
+    for visible, sees in ((None, "0"), ("3,1", "3")):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        who = Contestant(path=str(tmp_path), same_weights=False, one_gpu=True)
+        assert contest.run("tells", who, tmp_path / "log") == {"sees": sees}
