@@ -142,7 +142,7 @@ def bench(model: str, share: float, rounds: int, tiles: bool) -> dict[str, Any]:
     layers = peft_layers(blocks, shapes, share)
     before = [weight.clone() for weight in base(layers)]
     weight_bytes = sum(weight.nbytes for weight in before)
-    fold = Fold(layers, "default")
+    fold = Fold.of_peft(layers, "default")
     check(layers, before, fold)
     print(f"\n{model}: {len(layers)} layers, {weight_bytes / 1e9:.2f} GB, the adapter adds {share:.1%} of the spread")
     halves = phases(fold, rounds)

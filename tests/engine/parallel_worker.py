@@ -71,6 +71,7 @@ def _train(
     kind: str = "GRPO",
     adapter: bool = True,
     reward: Any = _slow,
+    applied: str = "served",
     break_push: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _train(
 
     import trl_turbo
 
-    report = trl_turbo.patch(logprob=False, rollout=True, verbose=False)
+    report = trl_turbo.patch(logprob=False, rollout=True, rollout_adapter=applied, verbose=False)
     _sharded(more.pop("sharded", None))
     trainer = _trainer(out, model, kind=kind, adapter=adapter, reward=reward, **more)
     llm = trainer.vllm_generation.llm if kind == "GRPO" else trainer.llm
@@ -92,16 +93,38 @@ def _train(
         trainer.model.merge_adapter = lambda *_, **__: copies.append("the adapter was merged")
         if break_push:
             served.adapter.push = lambda: None
+    fold = served.fold if served is not None else None
+    # The adapter adds nothing yet
+    base = [layer.weight.clone() for layer in served.adapter.layers()] if fold is not None else []
     sleep = llm.llm_engine.sleep
     llm.llm_engine.sleep = lambda level=1, *args, **kwargs: (levels.append(level), sleep(level, *args, **kwargs))
+    generate = llm.generate
+    own: list[bool] = []
+
+    def generated(prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = generate(prompts, *args, **kwargs)
+        own.append([output.prompt for output in outputs] == prompts)
+        return outputs
+
+    if kind != "GRPO":  # which asks for token ids
+        llm.generate = generated
     trainer.train()
+    llm.generate = generate
     differs = None
     if kind != "GRPO":  # which logs no log-probs of vLLM's
         llm.wake_up(["kv_cache"])  # TRL leaves it asleep, and vLLM would wait for ever
         llm.refresh()
         differs = served.compare(llm._sample)
+    folds = None
+    if fold is not None:
+        now = served.adapter.layers
+        changed = fold.folded and sum(not torch.equal(layer.weight, w) for layer, w in zip(now(), base, strict=True))
+        fold.restore()
+        folds = {"changed": changed, "restored": all(map(torch.equal, (layer.weight for layer in now()), base))}
     found = {
         "differs": differs,
+        "own": own,
+        "folds": folds,
         "served": served is not None,
         "seed": llm.llm_engine.vllm_config.model_config.seed,
         "shared": llm.shared is not None,
@@ -125,14 +148,17 @@ def _train(
 
 WHOLE = {"vllm_tensor_parallel_size": 1, "sharded": {}}
 ONE_READS = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+# At the others' learning rate more would be lost to rounding than may be remembered, which "fsdp" is there for
+FOLDED = {"applied": "merged", "learning_rate": 8e-3}
 #: All in one launch: loading vLLM takes longest. The first to change vLLM for TRL's own sync is "another base".
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "control": ("qwen2_tied", {"break_push": True}),
     "one kv head": ("llama", {"shape": LONE, "vllm_enable_sleep_mode": True}),
-    "fused linears": ("phi3", {}),
+    "fused linears": ("phi3", FOLDED),
+    "folded, asleep": ("llama", {"shape": LONE, "vllm_enable_sleep_mode": True, **FOLDED}),
     "online dpo": ("qwen2_tied", {"kind": "OnlineDPO", "vllm_enable_sleep_mode": True}),
-    "fsdp": ("qwen2_tied", WHOLE),
-    "fsdp, one rank reads": ("qwen2_tied", {"sharded": ONE_READS, "changed": True}),
+    "fsdp": ("qwen2_tied", WHOLE | {"applied": "merged"}),
+    "fsdp, one rank reads": ("qwen2_tied", {"sharded": ONE_READS, "changed": True, **FOLDED}),
     "another base": ("qwen2_tied", {"changed": True, "max_steps": 1}),
     "full": ("qwen2_tied", {"adapter": False, "max_steps": 1}),
     "raises": ("qwen2_tied", {"reward": _raises}),

@@ -19,7 +19,7 @@ pytest.importorskip("peft")
 ROUNDING = TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("labels", [("one kv head", "control"), ("fsdp", "fsdp, one rank reads")])
+@pytest.mark.parametrize("labels", [("folded, asleep", "control"), ("fsdp", "fsdp, one rank reads")])
 def test_each_sync_pushes_the_adapter_alone(labels: tuple[str, ...], tmp_path: Path) -> None:
     result = launch(
         "parallel_worker", ";".join(labels), out=tmp_path, NCCL_NVLS_ENABLE="0", VLLM_ALLREDUCE_USE_SYMM_MEM="0"
@@ -31,6 +31,8 @@ def test_each_sync_pushes_the_adapter_alone(labels: tuple[str, ...], tmp_path: P
                 assert max(rank[label]["gaps"]) > 3 * max(rank[labels[0]]["gaps"]), rank[label]["gaps"]
             else:
                 assert_pushed(rank[label], ROUNDING)
-            assert set(rank[label]["levels"]) == ({1} if label == "one kv head" else set())
+                assert rank[label]["folds"]["restored"]
+            assert set(rank[label]["levels"]) == ({1} if label == "folded, asleep" else set())
+        assert rank[labels[0]]["folds"]["changed"] or rank[labels[-1]]["folds"]["changed"]
     assert_equal(ranks, labels[0])
     assert result.returncode == 0, result.stderr[-4000:]

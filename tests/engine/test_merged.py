@@ -41,7 +41,7 @@ def test_a_thousand_folds_change_no_bit(dtype):
     weight = layers["q"].get_base_layer().weight.data
     weight[0, :8] = torch.tensor([0.0, -0.0, 1e-7, -1e-7, 6e-5, 3e4, -3e4, 1.0]).to(dtype)
     before = bits(layers)
-    fold = Fold(layers, "default")
+    fold = Fold.of_peft(layers, "default")
     for step in range(1000):
         for each in layers.values():  # a training step in between
             each.lora_B["default"].weight.data += 2e-5 * torch.randn(each.lora_B["default"].weight.shape)
@@ -60,7 +60,7 @@ def test_folded_weights_are_the_rounded_sum(dtype):
     base = each.get_base_layer().weight
     expected = (base.float() + 2.0 * each.lora_B["default"].weight @ each.lora_A["default"].weight).to(dtype)
     pointer = base.data_ptr()
-    fold = Fold(layers, "default")
+    fold = Fold.of_peft(layers, "default")
     fold.fold()
     assert fold.folded
     assert base.data_ptr() == pointer
@@ -72,7 +72,7 @@ def test_folded_weights_are_the_rounded_sum(dtype):
 def test_control_without_the_log_bits_are_lost():
     layers = {"q": layer(48, 64, 8, torch.bfloat16, scale=0.002)}
     before = bits(layers)
-    fold = Fold(layers, "default")
+    fold = Fold.of_peft(layers, "default")
     fold.fold()
     for pieces in fold._folded.pieces:
         for piece in pieces:
@@ -87,7 +87,7 @@ def test_pieces_of_any_size_and_ragged_rows(monkeypatch):
     monkeypatch.setattr(reference, "PIECE", 7 * 64)
     layers = {"q": layer(50, 64, 8, torch.bfloat16, scale=0.002), "one": layer(1, 64, 8, torch.float16, scale=0.002)}
     before = bits(layers)
-    fold = Fold(layers, "default")
+    fold = Fold.of_peft(layers, "default")
     fold.fold()
     assert not same(bits(layers), before)
     fold.restore()
@@ -97,7 +97,7 @@ def test_pieces_of_any_size_and_ragged_rows(monkeypatch):
 def test_a_log_that_grows_too_large_leaves_the_base_as_it_was():
     layers = {"q": layer(48, 64, 8, torch.bfloat16, scale=50.0)}
     before = bits(layers)
-    fold = Fold(layers, "default")
+    fold = Fold.of_peft(layers, "default")
     with pytest.raises(LogTooLargeError, match=r"takes \d+% of the folded weights' memory"):
         fold.fold()
     assert not fold.folded
@@ -117,7 +117,7 @@ def test_an_error_halfway_leaves_the_base_as_it_was(monkeypatch):
         return honest(rows, delta)
 
     monkeypatch.setattr(reference, "_fold", out_of_memory)
-    fold = Fold(layers, "default")
+    fold = Fold.of_peft(layers, "default")
     with pytest.raises(MemoryError):
         fold.fold()
     assert not fold.folded
@@ -126,7 +126,7 @@ def test_an_error_halfway_leaves_the_base_as_it_was(monkeypatch):
 
 def test_a_second_fold_and_a_change_in_between_are_refused():
     layers = {"q": layer(48, 64, 8, torch.bfloat16, scale=0.002)}
-    fold = Fold(layers, "default")
+    fold = Fold.of_peft(layers, "default")
     fold.fold()
     with pytest.raises(RuntimeError, match="already"):
         fold.fold()
@@ -137,7 +137,7 @@ def test_a_second_fold_and_a_change_in_between_are_refused():
 
 def test_what_a_script_put_in_place_of_a_parameter_is_folded():
     layers = {"q": layer(48, 64, 8, torch.bfloat16, scale=0.002), "up": layer(96, 64, 4, torch.bfloat16, scale=0.002)}
-    fold = Fold(layers, "default")
+    fold = Fold.of_peft(layers, "default")
     fold.fold()
     fold.restore()
     q = layers["q"]
@@ -159,7 +159,7 @@ def test_a_graph_that_saved_the_weights_can_still_go_backward():
     layers = {"q": layer(48, 64, 8, torch.bfloat16, scale=0.002)}
     inputs = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True)
     loss = layers["q"].get_base_layer()(inputs).sum()
-    fold = Fold(layers, "default")
+    fold = Fold.of_peft(layers, "default")
     fold.fold()
     fold.restore()
     loss.backward()
@@ -170,4 +170,4 @@ def test_other_dtypes_are_refused():
     each = layer(8, 8, 2, torch.float32)
     each.get_base_layer().weight.data = each.get_base_layer().weight.data.double()
     with pytest.raises(TypeError, match="float64"):
-        Fold({"q": each}, "default")
+        Fold.of_peft({"q": each}, "default")

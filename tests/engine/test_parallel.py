@@ -15,7 +15,8 @@ from tests.engine.parallel_worker import CASES
 pytestmark = [pytest.mark.vllm, pytest.mark.trl, pytest.mark.slow]
 
 Launched = tuple[list[dict[str, Any]], subprocess.CompletedProcess[str], float]
-PUSHED = ("one kv head", "fused linears", "fsdp", "fsdp, one rank reads")
+PUSHED = ("one kv head", "fused linears", "folded, asleep", "fsdp", "fsdp, one rank reads")
+FOLDED = {"fused linears": 2 * 4, "folded, asleep": 2 * 7, "fsdp, one rank reads": 2 * 7}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,23 @@ def test_each_sync_pushes_the_adapter_alone(ranks: list[dict[str, Any]], label: 
     assert_equal(ranks, label)
 
 
+@pytest.mark.parametrize("label", FOLDED)
+def test_the_adapter_is_folded_into_a_ranks_part_of_the_base(ranks: list[dict[str, Any]], label: str) -> None:
+    """All linears of both layers have it, and every bit comes back."""
+    for rank in ranks:
+        assert rank[label]["folds"] == {"changed": FOLDED[label], "restored": True}
+        assert "folded into the base weights" in rank[label]["notes"][0]
+
+
+def test_an_adapter_too_large_to_be_folded_is_served_unmerged_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["fsdp"]["folds"] == {"changed": False, "restored": True}
+        assert "from now on: remembering what rounding loses takes" in rank["fsdp"]["notes"][1]
+        for label in ("one kv head", "control"):
+            assert rank[label]["folds"] is None
+            assert "served unmerged" in rank[label]["notes"][0]
+
+
 def test_one_vllm_over_both_ranks_has_one_seed_and_one_on_each_has_two(ranks: list[dict[str, Any]]) -> None:
     """A group is sampled by all ranks of a vLLM together; two that each sample their own prompts must not agree."""
     first, second = ranks
@@ -55,6 +73,10 @@ def test_online_dpo(ranks: list[dict[str, Any]]) -> None:
         assert found["served"], found["notes"]
         assert not found["copies"]
         assert found["differs"] is None
+        # TRL's trainer hands each rank's own prompts to the vLLM of both
+        assert len(found["own"]) >= 3
+        assert all(found["own"])
+        assert "different prompts" in found["notes"][1]
     assert_equal(ranks, "online dpo")
 
 

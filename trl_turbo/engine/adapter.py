@@ -18,6 +18,7 @@ from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.gather import whole
 from trl_turbo.engine.names import Slot, base_model, base_weights
 from trl_turbo.engine.slices import Cut, cuts
+from trl_turbo.kernels.lora_fold import LoraLayer
 
 #: Ranks that vLLM has buffers for; the next larger one is taken.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -94,17 +95,31 @@ class _Target:
 
     Attributes:
         layer: PEFT's.
-        a: Part of vLLM's buffer for A, [r, in] or this rank's columns of it.
-        b: The same for B, [out, r] or this rank's rows of it.
+        rank: r.
+        room_a: vLLM's buffer for A, [R, in] or this rank's columns of it; zero from r on.
+        room_b: The same for B, [out, R] or this rank's rows of it.
         columns: Which columns those are.
         rows: Which rows.
+        weight: What vLLM multiplies by, [out, in] or this rank's part; `None` where that is no matrix in 16 or 32 bits.
     """
 
     layer: Any
-    a: Tensor
-    b: Tensor
+    rank: int
+    room_a: Tensor
+    room_b: Tensor
     columns: Cut
     rows: Cut
+    weight: Tensor | None
+
+    @property
+    def a(self) -> Tensor:
+        """Where A goes, [r, in]."""
+        return self.room_a[: self.rank]
+
+    @property
+    def b(self) -> Tensor:
+        """Where B goes, [out, r]."""
+        return self.room_b[:, : self.rank]
 
 
 class ServedAdapter:
@@ -146,6 +161,18 @@ class ServedAdapter:
                 for tensor in stacked if isinstance(stacked, (tuple, list)) else (stacked,):
                     buffers[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return sum(buffers.values())
+
+    @property
+    def unfoldable(self) -> str | None:
+        """Why the adapter cannot be folded into vLLM's own base, in a few words, or `None`."""
+        for target in self._targets:
+            if target.weight is None:
+                return "vLLM keeps a layer's weight as something else than a matrix in 16 or 32 bits"
+        return None
+
+    def layers(self) -> list[LoraLayer]:
+        """What vLLM multiplies by, a rank's own part of it, with the adapter as it was pushed last."""
+        return [LoraLayer(t.weight, t.room_a, t.room_b, 1.0) for t in self._targets if t.weight is not None]
 
     @torch.no_grad()
     def push(self) -> None:
@@ -225,4 +252,18 @@ class ServedAdapter:
                 f"vLLM's adapter buffers of {name} are {tuple(a.shape)} and {tuple(b.shape)}, and the layer needs "
                 f"({rank}, {columns.size}) and ({rows.size}, {rank})"
             )
-        return _Target(layer, a[:rank], b[:, :rank], columns, rows)
+        return _Target(layer, rank, a, b, columns, rows, _weight(module, index))
+
+
+def _weight(module: Any, index: int) -> Tensor | None:
+    """The rows of a layer's unquantised weight that belong to one of the linears it stands for."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    base = module.base_layer
+    weight = getattr(base, "weight", None)
+    sizes = [b.shape[2] for b in module.lora_b_stacked]
+    if type(base.quant_method) is not UnquantizedLinearMethod or not isinstance(weight, Tensor):
+        return None
+    if weight.shape != (sum(sizes), module.lora_a_stacked[index].shape[3]):
+        return None
+    return weight.data.narrow(0, sum(sizes[:index]), sizes[index])

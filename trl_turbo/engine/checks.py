@@ -10,7 +10,6 @@ import torch
 from trl_turbo.engine import four_bit
 from trl_turbo.engine.adapter_config import adapter_declined
 from trl_turbo.engine.names import base_model, base_weights
-from trl_turbo.settings import setting
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def unservable(model: Any, llm_kwargs: dict[str, Any], accelerator: Any = None) 
         accelerator: The trainer's, where there is one.
     """
     candidate = _Candidate(model, llm_kwargs, accelerator, None)
-    for check in (_vision, _encoder, _unproven, _packed, _implementation, _other_parallelism, _asked, _trained):
+    for check in (_vision, _encoder, _unproven, _packed, _implementation, _other_parallelism, _trained):
         reason = check(candidate)
         if reason:
             return reason
@@ -196,10 +195,6 @@ def _other_parallelism(candidate: _Candidate) -> str | None:
     if any(hasattr(parameter, "device_mesh") for parameter in candidate.model.parameters()):
         return "the model's tensors were DTensors before the engine started, for which it has not been proven"
     return None
-
-
-def _asked(_candidate: _Candidate) -> str | None:
-    return "rollout_adapter='merged' asks for a merge" if setting("rollout_adapter") == "merged" else None
 
 
 def _trained(candidate: _Candidate) -> str | None:

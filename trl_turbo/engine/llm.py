@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import vllm
+from vllm.distributed import get_tp_group
 
 from trl_turbo.engine import abilities, failure, served
 from trl_turbo.engine.adapter_config import active_adapter
@@ -24,7 +25,7 @@ from trl_turbo.engine.serving import Trainee, must_share, take
 from trl_turbo.engine.shared import SharedEngine
 from trl_turbo.engine.sizing import LITTLE_CACHE
 from trl_turbo.engine.start import Start, prepare
-from trl_turbo.engine.together import together
+from trl_turbo.engine.together import gathered, together
 from trl_turbo.report import logger, note
 
 
@@ -43,6 +44,8 @@ class TurboLLM(vllm.LLM):
     served: ServedEngine | None = None
     declined: str = ""
     _ids_only = False
+    _gathers = False
+    _ranks: Any = None  # vLLM's group of those that hold this engine together, where there are several
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         trainee = take()
@@ -77,6 +80,8 @@ class TurboLLM(vllm.LLM):
                 raise EngineDeclinedError(self.declined)
             note("rollout", f"{self.declined}; TRL's own engine is used, with a copy of the weights")
             super().__init__(*args, **kwargs)
+        if (kwargs.get("tensor_parallel_size") or 1) > 1:
+            self._ranks = get_tp_group()
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -126,9 +131,11 @@ class TurboLLM(vllm.LLM):
         obstacle = unservable(trainee.model, kwargs, trainee.accelerator)
         if obstacle is not None:
             raise EngineDeclinedError(f"{reason}, and the adapter cannot be pushed alone: {obstacle}")
+        from trl_turbo.engine.loader import plain_cpu_linears  # looks up a loader of vLLM's
+
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
-            with _nothing_collected():
+            with plain_cpu_linears(), _nothing_collected():
                 super().__init__(*args, **served.llm_kwargs(trainee, kwargs))
         except ValueError as error:
             if "LoRA" not in str(error):
@@ -237,9 +244,28 @@ class TurboLLM(vllm.LLM):
     def generate(self, prompts: Any, sampling_params: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As `vllm.LLM.generate`, with the trainer's adapter and after a check of the weights.
 
+        Where ranks that hold one vLLM together ask it for different prompts, each gets the answers to its own.
+
         Raises:
             WeightsMovedError: A weight changed its shape, dtype or device since the engine started.
         """
+        if self._ranks is not None:
+            prompts, own = gathered(prompts, self._ranks.cpu_group, self._ranks.rank_in_group)
+            if own is not None:
+                self._note_gathered()
+                return self._sampled(prompts, sampling_params, *args, **kwargs)[own]
+        return self._sampled(prompts, sampling_params, *args, **kwargs)
+
+    def _note_gathered(self) -> None:
+        if not self._gathers:
+            self._gathers = True
+            note(
+                "rollout",
+                "the ranks that hold one vLLM together ask it for different prompts, which TRL does not gather here: "
+                "they are sampled together, since shards cannot sample apart, and each rank takes its own answers",
+            )
+
+    def _sampled(self, prompts: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         engine = self.shared or self.served
         if engine is None:
             return super().generate(prompts, sampling_params, *args, **kwargs)

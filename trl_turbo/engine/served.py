@@ -3,7 +3,8 @@
 For trainers whose tensors vLLM cannot read in place because of parallelism: those that FSDP2 or ZeRO shard, and those
 that hold whole tensors where vLLM holds the shards of a tensor parallel group. TRL merges the adapter into the gathered
 model there and copies every weight; here vLLM reads its base from the checkpoint once, as TRL has it do, and after each
-optimizer step the adapter goes from memory into its buffers, a rank's own part of it.
+optimizer step the adapter goes from memory into its buffers, a rank's own part of it. From there it is folded into the
+base, as where weights are shared, and taken out again to the bit before the next one comes.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import Any
 
 import torch
 
-from trl_turbo.engine import adapter, parity
+from trl_turbo.engine import adapter, options, parity
 from trl_turbo.engine.adapter import ServedAdapter
 from trl_turbo.engine.adapter_config import active_adapter, adapter_declined, adapter_layers
 from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.engine.gather import assembled
+from trl_turbo.engine.merged import Fold, LogTooLargeError
 from trl_turbo.engine.names import base_model, base_weights
 from trl_turbo.engine.serving import Trainee
 from trl_turbo.engine.together import agreed
-from trl_turbo.report import logger
+from trl_turbo.report import logger, note
 
 _MIB = 1 << 20
 
@@ -38,6 +40,7 @@ class ServedEngine:
 
     Attributes:
         adapter: The adapter in vLLM's buffers.
+        fold: The adapter's way into vLLM's base weights, where it is folded into them, or `None`.
         weights_asleep: Whether vLLM's weights are out of the device's memory at the moment.
 
     Raises:
@@ -50,20 +53,44 @@ class ServedEngine:
         self._worker = worker
         self._reason = reason
         self.weights_asleep = False
-        self.adapter = self._serve()
+        self.fold: Fold | None = None
+        self._serve()
 
-    def _serve(self) -> ServedAdapter:
+    def _serve(self) -> None:
         name = active_adapter(self._base)
         layers = adapter_layers(self._base, name) if name is not None else {}
-        served = ServedAdapter(self._base, self._worker.model_runner.lora_manager)
-        served.push()
+        self.adapter = ServedAdapter(self._base, self._worker.model_runner.lora_manager)
+        self.adapter.push()
+        merges, self._applied = options.merges(self._worker.model_config.dtype)
+        if merges:
+            obstacle = agreed(self.adapter.unfoldable)
+            if obstacle is None:
+                self.fold = Fold(self.adapter.layers)
+                self._fold()
+            else:
+                self._applied = f"the adapter is served unmerged: {obstacle}"
         self._followed = (name, tuple(layers.values()))
-        return served
+
+    def _fold(self) -> None:
+        """Fold the adapter on all ranks, or on none: those of one vLLM must ask it for the same."""
+        if self.fold is None:
+            return
+        reason = None
+        try:
+            self.fold.fold()
+        except LogTooLargeError as error:
+            reason = str(error)
+        reason = agreed(reason)
+        if reason is not None:
+            self.fold.restore()
+            self.fold = None
+            self._applied = f"the adapter is served unmerged from now on: {reason}"
+            note("rollout", self._applied)
 
     @contextmanager
     def adapted(self) -> Iterator[Any]:
-        """While open, vLLM samples with the adapter; yields what requests must carry for that."""
-        yield self.adapter.request
+        """While open, vLLM samples with the adapter; yields what requests must carry for that, `None` for nothing."""
+        yield None if self.fold is not None and self.fold.folded else self.adapter.request
 
     def check(self) -> int:
         """Nothing can move that vLLM reads: always 0."""
@@ -81,15 +108,19 @@ class ServedEngine:
                 "the adapter that vLLM serves was merged, disabled or removed since the engine started, and vLLM's own "
                 "base weights do not have it; keep the adapter until training ends, or build the trainer anew"
             )
+        if self.fold is not None:
+            self.fold.restore()  # while its buffers are what was folded
         before, kept = self._followed
         layers = adapter_layers(self._base, name)
         if name == before and len(kept) == len(layers) and all(map(operator.is_, kept, layers.values())):
             self.adapter.push()
+            self._fold()
             return
         declined = adapter_declined(self._base)
         if declined is not None:
             raise EngineDeclinedError(declined)
-        self.adapter = self._serve()
+        self.fold = None
+        self._serve()
 
     def compare(self, sample: Callable[[list[int], int], tuple[list[int], list[float]]]) -> str | None:
         """Say why vLLM's base weights are not the trainer's, as log-probs of one sampled answer tell, or return `None`.
@@ -116,8 +147,8 @@ class ServedEngine:
         """How weights get to vLLM, and why so, in a sentence."""
         return (
             f"{self._reason}; vLLM has a base of its own, read once from the checkpoint, and each sync puts the "
-            f"adapter alone into its buffers ({self.adapter.nbytes / _MIB:.3g} MiB on this device), from memory and "
-            "unmerged"
+            f"adapter alone into its buffers ({self.adapter.nbytes / _MIB:.3g} MiB on this device), from memory; "
+            f"{self._applied}"
         )
 
 

@@ -79,7 +79,7 @@ class SharedEngine:
             adapter.push()
             merges, self.way = options.merges(self.weights.dtype, quantised=self._quantised)
             if merges:
-                self.fold = Fold(layers, name)
+                self.fold = Fold.of_peft(layers, name)
             self.adapter = adapter
         self._followed = (name, tuple(layers.values()))
 

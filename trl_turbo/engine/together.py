@@ -54,6 +54,37 @@ def _go_on() -> None:
         raise _AgreedError(reason)
 
 
+def gathered(prompts: Any, group: Any, rank: int) -> tuple[Any, slice | None]:
+    """The prompts of all ranks that hold one vLLM together, where each asks it for its own; every one must call it.
+
+    TRL's OnlineDPO does so (0.29 to 1.16), which leaves the ranks' shards multiplying different tokens; GRPO and RLOO
+    hand every rank the prompts of all.
+
+    Args:
+        prompts: What vLLM's `generate` was asked for on this rank.
+        group: A group of these ranks for objects.
+        rank: This one's place in it.
+
+    Returns:
+        The prompts to sample, the same on all ranks, and where this rank's are among them; `None` where all are its.
+    """
+    if not isinstance(prompts, list):  # a single one
+        return prompts, None
+    asked: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(asked, prompts, group=group)
+    if all(_same(asked[0], other) for other in asked[1:]):
+        return prompts, None
+    first = sum(map(len, asked[:rank]))
+    return [prompt for some in asked for prompt in some], slice(first, first + len(prompts))
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError):  # tensors among them, of which TRL passes none
+        return True
+
+
 class StartsTogether:
     """A worker of vLLM's that goes into what all ranks must do only if all of them will."""
 

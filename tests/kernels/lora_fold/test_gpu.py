@@ -60,7 +60,7 @@ def weights(layers):
 def test_a_thousand_folds_change_no_bit(dtype):
     layers = peft_layers(BLOCK, 4, dtype)
     before = [weight.clone() for weight in weights(layers)]
-    turbo = Fold(layers, "default")
+    turbo = Fold.of_peft(layers, "default")
     step = [layer.lora_B["default"].weight.data for layer in layers.values()]
     for index in range(1000):
         torch._foreach_add_(step, [1e-6 * torch.randn_like(b) for b in step])
@@ -76,7 +76,7 @@ def test_a_thousand_folds_change_no_bit(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nothing_larger_than_the_log_is_allocated(dtype):
-    turbo = Fold(peft_layers(QWEN, 4, dtype), "default")
+    turbo = Fold.of_peft(peft_layers(QWEN, 4, dtype), "default")
     turbo.fold()
     turbo.restore()
     tiles = sum(-(-o // kernel.TILE.rows) * -(-i // kernel.TILE.columns) for o, i in QWEN.values()) * 4
@@ -123,7 +123,7 @@ def test_a_weight_of_more_than_2_31_elements():
 def test_how_long_it_takes_on_the_layers_of_a_model(capsys):
     layers = peft_layers(QWEN, 28, torch.bfloat16)
     before = [weight.clone() for weight in weights(layers)]
-    turbo = Fold(layers, "default")
+    turbo = Fold.of_peft(layers, "default")
     times: dict[str, list[float]] = {"fold": [], "restore": []}
     for _ in range(10):
         for name, run in (("fold", turbo.fold), ("restore", turbo.restore)):
