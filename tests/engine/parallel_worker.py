@@ -87,12 +87,22 @@ def _train(
     served = llm.served
     copies: list[str] = []
     levels: list[int] = []
+    steps: list[int] = []
     if served is not None:
         runner = llm.llm_engine.model_executor.driver_worker.model_runner
         runner.model.load_weights = lambda weights: copies.append("weights were copied")
         trainer.model.merge_adapter = lambda *_, **__: copies.append("the adapter was merged")
         if break_push:
             served.adapter.push = lambda: None
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        schedule = scheduler.schedule
+
+        def scheduled(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            steps.append(getattr(output, "tokens", 1))
+            return output
+
+        scheduler.schedule = scheduled
     fold = served.fold if served is not None else None
     # The adapter adds nothing yet
     base = [layer.weight.clone() for layer in served.adapter.layers()] if fold is not None else []
@@ -124,6 +134,7 @@ def _train(
     found = {
         "differs": differs,
         "own": own,
+        "steps": steps,
         "folds": folds,
         "served": served is not None,
         "seed": llm.llm_engine.vllm_config.model_config.seed,

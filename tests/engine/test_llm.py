@@ -157,9 +157,9 @@ def test_what_the_trainer_tells_is_taken_by_one_engine():
 def test_the_gpu_worker_keeps_the_weights_out_of_the_pool():
     from vllm.v1.worker.gpu_worker import Worker
 
-    from trl_turbo.engine.worker import QUALNAME, SharedWorker
+    from trl_turbo.engine.worker import SHARED, SharedWorker
 
-    assert QUALNAME == "trl_turbo.engine.worker.SharedWorker"
+    assert SHARED == "trl_turbo.engine.worker.SharedWorker"
     assert callable(Worker._maybe_get_memory_pool_context)  # what it overrides
     worker = object.__new__(SharedWorker)
     assert isinstance(worker._maybe_get_memory_pool_context("weights"), nullcontext)

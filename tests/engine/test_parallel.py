@@ -43,6 +43,14 @@ def test_each_sync_pushes_the_adapter_alone(ranks: list[dict[str, Any]], label: 
     assert_equal(ranks, label)
 
 
+@pytest.mark.parametrize("label", PUSHED)
+def test_an_engine_with_its_own_base_decodes_in_bursts(ranks: list[dict[str, Any]], label: str) -> None:
+    first, second = (rank[label]["steps"] for rank in ranks)
+    assert max(first) > 1
+    if not label.startswith("fsdp"):  # one vLLM
+        assert first == second
+
+
 @pytest.mark.parametrize("label", FOLDED)
 def test_the_adapter_is_folded_into_a_ranks_part_of_the_base(ranks: list[dict[str, Any]], label: str) -> None:
     """All linears of both layers have it, and every bit comes back."""

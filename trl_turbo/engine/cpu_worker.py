@@ -1,4 +1,4 @@
-"""The CPU worker of a shared engine: vLLM's own, and bursts are run."""
+"""The CPU workers of our engines: vLLM's own, and bursts are run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from trl_turbo.engine.burst import Executes
 from trl_turbo.engine.together import StartsTogether
 
-#: What `worker_cls` takes.
-QUALNAME = f"{__name__}.SharedCPUWorker"
+
+class BurstCPUWorker(Executes, CPUWorker):
+    """Takes bursts, and is vLLM's in the rest."""
 
 
-class SharedCPUWorker(StartsTogether, Executes, CPUWorker):
-    """Takes bursts, starts with those of other ranks, and is vLLM's in the rest."""
+class SharedCPUWorker(StartsTogether, BurstCPUWorker):
+    """Starts with those of other ranks, too."""
+
+
+#: What `worker_cls` takes, for an engine that reads the trainer's weights and for one with its own.
+SHARED = f"{__name__}.{SharedCPUWorker.__name__}"
+OWN = f"{__name__}.{BurstCPUWorker.__name__}"

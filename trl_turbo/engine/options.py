@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from trl_turbo.engine import abilities
 from trl_turbo.engine.errors import EngineDeclinedError
 from trl_turbo.settings import setting
 
@@ -76,3 +77,37 @@ def cache_note(cache_dtype: str | None, dtype: str, gap: float) -> str:
         f"policy than the one that is trained, by {gap:.2g} a token's log-prob in one answer at the start; GRPO's "
         "importance-sampling correction sees that and the other trainers do not"
     )
+
+
+def bursts(kwargs: dict[str, Any], *, on_gpu: bool, shared: bool) -> tuple[dict[str, Any], str]:
+    """Our worker, and the scheduler of bursts unless something in the script's settings is not made for it.
+
+    Args:
+        kwargs: For `vllm.LLM`.
+        on_gpu: Whether the engine runs on one.
+        shared: Whether it reads the trainer's weights.
+
+    Returns:
+        Arguments for `vllm.LLM`, and what is slower because this vLLM lacks something, in a sentence.
+    """
+    if on_gpu:
+        from trl_turbo.engine.worker import OWN, SHARED
+    else:
+        from trl_turbo.engine.cpu_worker import OWN, SHARED
+    chosen: dict[str, Any] = {"worker_cls": SHARED if shared else OWN}
+    if setting("rollout_burst") == "off" or kwargs.get("speculative_config"):
+        return chosen, ""
+    if kwargs.get("scheduler_cls") or (on_gpu and kwargs.get("async_scheduling") is False):
+        return chosen, ""
+    reason = abilities.unburstable()
+    if reason is not None:
+        return chosen, (
+            "every token is scheduled by itself, which is slower on a GPU, because bursts of tokens need a later vLLM: "
+            f"{reason}"
+        )
+    from trl_turbo.engine.burst import AsyncBurstScheduler, BurstScheduler
+
+    # Which one vLLM would take: it schedules ahead on a GPU, and on a CPU it cannot
+    chosen["scheduler_cls"] = AsyncBurstScheduler if on_gpu else BurstScheduler
+    chosen["async_scheduling"] = on_gpu
+    return chosen, ""

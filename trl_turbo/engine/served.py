@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trl_turbo.engine import adapter, options, parity
+from trl_turbo.engine import abilities, adapter, options, parity, sizing
 from trl_turbo.engine.adapter import ServedAdapter
 from trl_turbo.engine.adapter_config import active_adapter, adapter_declined, adapter_layers
 from trl_turbo.engine.errors import EngineDeclinedError
@@ -153,7 +153,7 @@ class ServedEngine:
 
 
 def llm_kwargs(trainee: Trainee, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for `vllm.LLM`: those of TRL's, and room for the adapter.
+    """Arguments for `vllm.LLM`: those of TRL's, room for the adapter, and how an engine that shares decodes.
 
     Args:
         trainee: Whom the engine serves.
@@ -172,7 +172,14 @@ def llm_kwargs(trainee: Trainee, given: dict[str, Any]) -> dict[str, Any]:
     if not on_gpu:
         # As for an engine that shares: see `start`
         kwargs |= {"enable_sleep_mode": False, "enforce_eager": given.get("enforce_eager") is not False}
-    return kwargs
+    elif not given.get("enforce_eager") and not given.get("compilation_config"):
+        sequences = kwargs.get("max_num_seqs") or trainee.work.sequences * (given.get("tensor_parallel_size") or 1)
+        # For batches with and without the adapter: it may have to be served
+        kwargs["compilation_config"] = abilities.compilation(sizing.graphs_of(sequences, adapter=False))
+    bursts, slower = options.bursts(kwargs, on_gpu=on_gpu, shared=False)
+    if slower:
+        note("rollout", slower)
+    return kwargs | bursts
 
 
 @contextmanager

@@ -114,9 +114,34 @@ def plan(
         "max_model_len": -1,
     }
     if graphs:
-        chosen["compilation_config"] = _graphs(sequences, adapter)
+        chosen["compilation_config"] = graphs_of(sequences, adapter=adapter)
     kwargs = {name: value for name, value in chosen.items() if given.get(name) is None}
     return Plan(kwargs, given.get("kv_cache_memory_bytes") or kv, token_bytes, wanted, tuple(notes))
+
+
+def graphs_of(sequences: int, *, adapter: bool) -> dict[str, Any]:
+    """Whole-model graphs for the batches that decoding runs: no larger than the rollout, and each once.
+
+    Not compiled: that starts in half the time (38 against 77 s on one H200, 1.5B), and steps took as long within what
+    that host's processors let show (2.45 against 2.62 ms). Prefills are larger than any of these batches and would find
+    no piecewise graph either.
+
+    Args:
+        sequences: The largest batch.
+        adapter: Whether every batch runs with an adapter that is served.
+
+    Returns:
+        A compilation configuration for `vllm.LLM`.
+    """
+    sizes = sorted({1, 2, 4, *range(8, min(sequences, 512) + 1, 8), min(sequences, 512)})
+    chosen: dict[str, Any] = {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [size for size in sizes if size <= sequences],
+    }
+    if adapter:
+        chosen["cudagraph_specialize_lora"] = False  # no batch runs without the adapter: half the graphs
+    return chosen
 
 
 def longest(config: Any, plan: Plan, block: int | None = None) -> int:
@@ -188,24 +213,6 @@ def _stated(given: dict[str, Any]) -> int | None:
 
 def _limit(text: Any) -> int:
     return int(getattr(text, "max_position_embeddings", None) or 1 << 20)
-
-
-def _graphs(sequences: int, adapter: bool) -> dict[str, Any]:
-    """Whole-model graphs for the batches that decoding runs: no larger than the rollout, and each once.
-
-    Not compiled: that starts in half the time (38 against 77 s on one H200, 1.5B), and steps took as long within what
-    that host's processors let show (2.45 against 2.62 ms). Prefills are larger than any of these batches and would find
-    no piecewise graph either.
-    """
-    sizes = sorted({1, 2, 4, *range(8, min(sequences, 512) + 1, 8), min(sequences, 512)})
-    chosen: dict[str, Any] = {
-        "mode": 0,
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": [size for size in sizes if size <= sequences],
-    }
-    if adapter:
-        chosen["cudagraph_specialize_lora"] = False  # no batch runs without the adapter: half the graphs
-    return chosen
 
 
 def _up(tokens: int, block: int) -> int:

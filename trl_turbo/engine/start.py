@@ -18,7 +18,6 @@ from trl_turbo.engine.names import base_model
 from trl_turbo.engine.serving import Trainee
 from trl_turbo.engine.sharing import SharedWeights
 from trl_turbo.engine.sizing import Plan
-from trl_turbo.settings import setting
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def prepare(trainee: Trainee, given: dict[str, Any]) -> Start:
         kwargs |= {"max_model_len": _longest(kwargs, base_model(trainee.model).config, sizes, on_gpu)}
     if "compilation_config" in sizes.llm_kwargs:
         kwargs["compilation_config"] = abilities.compilation(kwargs["compilation_config"])
-    bursts, slower = _bursts(kwargs, on_gpu)
+    bursts, slower = options.bursts(kwargs, on_gpu=on_gpu, shared=True)
     return Start(
         trainee, kwargs | bursts, weights, sizes, bool(packed), kwargs["enable_sleep_mode"], way=way, slower=slower
     )
@@ -176,32 +175,3 @@ def _on_gpu(kwargs: dict[str, Any], free: int, total: int) -> dict[str, Any]:
     share = min(kwargs.get("gpu_memory_utilization", 0.9), 0.95 * free / total)
     can_sleep = bool(current_platform.is_sleep_mode_available())
     return {"enable_sleep_mode": can_sleep, "gpu_memory_utilization": share}
-
-
-def _bursts(kwargs: dict[str, Any], on_gpu: bool) -> tuple[dict[str, Any], str]:
-    """Our worker, and the scheduler of bursts unless something in the script's settings is not made for it.
-
-    Returns:
-        Arguments for `vllm.LLM`, and what is slower because this vLLM lacks something, in a sentence.
-    """
-    if on_gpu:
-        from trl_turbo.engine.worker import QUALNAME
-    else:
-        from trl_turbo.engine.cpu_worker import QUALNAME
-    chosen: dict[str, Any] = {"worker_cls": QUALNAME}
-    if setting("rollout_burst") == "off" or kwargs.get("speculative_config"):
-        return chosen, ""
-    if kwargs.get("scheduler_cls") or (on_gpu and kwargs.get("async_scheduling") is False):
-        return chosen, ""
-    reason = abilities.unburstable()
-    if reason is not None:
-        return chosen, (
-            "every token is scheduled by itself, which is slower on a GPU, because bursts of tokens need a later vLLM: "
-            f"{reason}"
-        )
-    from trl_turbo.engine.burst import AsyncBurstScheduler, BurstScheduler
-
-    # Which one vLLM would take: it schedules ahead on a GPU, and on a CPU it cannot
-    chosen["scheduler_cls"] = AsyncBurstScheduler if on_gpu else BurstScheduler
-    chosen["async_scheduling"] = on_gpu
-    return chosen, ""

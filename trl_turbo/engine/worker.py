@@ -1,4 +1,7 @@
-"""The GPU worker of a shared engine: vLLM's own, save that sleeping gives up the KV cache alone and bursts are run."""
+"""The GPU workers of our engines: vLLM's own, save that bursts are run and graphs capture kernels of ours.
+
+That of an engine which reads the trainer's weights also gives up the KV cache alone when it sleeps.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,9 @@ from trl_turbo.engine.together import StartsTogether
 from trl_turbo.report import note
 from trl_turbo.settings import setting
 
-#: What `worker_cls` takes.
-QUALNAME = f"{__name__}.SharedWorker"
 
-
-class SharedWorker(StartsTogether, Executes, Worker):
-    """Keeps the weights out of the pool that sleep mode empties.
-
-    vLLM puts all that `load_model` allocates into the pool `weights`, which level 1 copies to the host and level 2
-    throws away. Here those are the tensors that sharing joins, which the trainer updates, and vLLM's adapter buffers,
-    whose addresses graphs hold. vLLM 0.26 has no level that leaves them; can go when 0.31, which has
-    `release_kv_cache_memory()`, is the oldest supported.
-    """
+class BurstWorker(Executes, Worker):
+    """Takes bursts, and lets CUDA graphs capture our kernels for few sequences."""
 
     graph_bytes = 0
     kernels: decode.DecodeKernels | None = None
@@ -85,6 +79,16 @@ class SharedWorker(StartsTogether, Executes, Worker):
             note("rollout", sentence)
         return self.kernels.captured()
 
+
+class SharedWorker(StartsTogether, BurstWorker):
+    """Keeps the weights out of the pool that sleep mode empties.
+
+    vLLM puts all that `load_model` allocates into the pool `weights`, which level 1 copies to the host and level 2
+    throws away. Here those are the tensors that sharing joins, which the trainer updates, and vLLM's adapter buffers,
+    whose addresses graphs hold. vLLM 0.26 has no level that leaves them; can go when 0.31, which has
+    `release_kv_cache_memory()`, is the oldest supported.
+    """
+
     def sleep(self, level: int = 1) -> None:  # noqa: ARG002 (whatever the level, the cache alone is given up)
         """Give the KV cache's memory back to the driver.
 
@@ -102,3 +106,8 @@ class SharedWorker(StartsTogether, Executes, Worker):
         if tag == "weights":
             return nullcontext()
         return super()._maybe_get_memory_pool_context(tag)
+
+
+#: What `worker_cls` takes, for an engine that reads the trainer's weights and for one with its own.
+SHARED = f"{__name__}.{SharedWorker.__name__}"
+OWN = f"{__name__}.{BurstWorker.__name__}"
