@@ -24,8 +24,9 @@ PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 def adapted(family: str = "llama", targets: list[str] = ALL, **settings: Any) -> Any:
     """A PEFT model in training mode whose adapters matter from the start."""
     options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **settings}
+    path = folder(family)  # whose making draws random numbers, the first time
     torch.manual_seed(8)
-    return get_peft_model(load(folder(family)), LoraConfig(target_modules=targets, **options)).train()
+    return get_peft_model(load(path), LoraConfig(target_modules=targets, **options)).train()
 
 
 def tokens(rows: int = 2, length: int = 9) -> torch.Tensor:

@@ -34,6 +34,8 @@ def turn_off(monkeypatch: Any) -> None:
 
 VOCAB = 211  # a prime, so that no other dimension of a run is taken for it
 VARIANTS = ("plain", "perturbed-1", "perturbed-2")
+#: Where those two leave it open; see `rule`.
+MORE_VARIANTS = ("perturbed-3", "perturbed-4", "perturbed-5", "perturbed-6")
 
 _SHAPE = {
     "vocab_size": VOCAB,

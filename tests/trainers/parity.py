@@ -17,7 +17,7 @@ import trl_turbo
 from trl_turbo.patches.logprob import forward, fused_head
 from trl_turbo.patches.logprob.request import Request
 
-from .models import ALONE, VARIANTS
+from .models import ALONE, MORE_VARIANTS, VARIANTS
 from .rule import Outcome, assert_identical, assert_same
 from .runs import Case, build, run, train
 
@@ -137,7 +137,7 @@ def check(case: Case, notes: tuple[str, ...] = (), *, late: bool = False) -> Pat
         ours = train(trainer or build(case))
     path.assert_ours(notes)
     assert any(ours.series["norm of the gradient"]), "no step was taken, or none had a gradient"
-    assert_same(plain, ours, perturbed, case.dtype)
+    assert_same(plain, ours, perturbed, case.dtype, lambda: [run(case, variant) for variant in MORE_VARIANTS])
     return path
 
 
@@ -165,7 +165,7 @@ def check_against_plain_torch(case: Case) -> Path:
     with patched() as path:
         ours = run(case)
     path.assert_ours()
-    assert_same(plain, ours, perturbed, case.dtype)
+    assert_same(plain, ours, perturbed, case.dtype, lambda: [plainly(variant) for variant in MORE_VARIANTS])
     return path
 
 

@@ -8,7 +8,10 @@ all else alike. Patched must be as close to stock as these are:
     max over steps |patched - stock|  <=  4 * max over both |perturbed - stock|  +  8 u * max(1, max |stock|)
 
 with u the unit roundoff (2^-24 in float32). The factor 4 covers that the largest of two draws underestimates what
-perturbations do (their spread is known to a factor of two or so, and patched may be unlucky by as much). The last term
+perturbations do (their spread is known to a factor of two or so, and patched may be unlucky by as much). Some spreads
+have a long tail: the gradient's norm under RLOO's normalised advantages moved by 0.8 to 17 * 1e-5 in ten draws, the
+first two of which were among the smallest. Where two say that patched is wider, four more are drawn, and stock's own
+largest move counts: right results stay as near as that, and wrong ones do not come nearer. The last term
 covers what a perturbation may leave as it was by luck: a result is rounded when it is stored, a few times on its way.
 
 Runs use plain SGD: Adam divides a gradient by its own size, which turns rounding of a zero gradient into a full step.
@@ -26,7 +29,7 @@ the weight itself is stored: its own norm counts where it is the larger one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -104,8 +107,17 @@ def broken(
     return [gap for gap in gaps(stock, patched, perturbed, dtype) if not gap.found <= gap.allowed]
 
 
-def assert_same(stock: Outcome, patched: Outcome, perturbed: Perturbed, dtype: torch.dtype = torch.float32) -> None:
+def assert_same(
+    stock: Outcome,
+    patched: Outcome,
+    perturbed: Perturbed,
+    dtype: torch.dtype = torch.float32,
+    more: Callable[[], Perturbed] = tuple,
+) -> None:
+    """Assert that no gap is wider than allowed; `more` draws further perturbed runs, where one is."""
     wide = broken(stock, patched, perturbed, dtype)
+    if wide:
+        wide = broken(stock, patched, [*perturbed, *more()], dtype)
     assert not wide, f"{len(wide)} quantities differ from stock: " + "; ".join(map(str, wide[:8]))
 
 

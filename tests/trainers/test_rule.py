@@ -13,7 +13,7 @@ import torch
 from trl_turbo.patches.logprob import forward, fused_head
 
 from .parity import TRL_HAS_FUSED_HEAD, patched, stock
-from .rule import Outcome, broken
+from .rule import Outcome, assert_same, broken
 from .runs import Case, run
 
 pytestmark = pytest.mark.trl
@@ -120,3 +120,22 @@ def test_infinities_and_nans_must_match() -> None:
     odd, even = outcome([math.nan, math.inf], [0.0]), outcome([1.0, math.inf], [0.0])
     assert not broken(odd, odd, [odd, odd])
     assert broken(even, odd, [even, even])
+
+
+def test_more_draws_are_asked_for_only_where_two_leave_it_open() -> None:
+    def one(value: float) -> Outcome:
+        return Outcome(series={"grad_norm": [value]})
+
+    asked: list[float] = []
+
+    def more() -> list[Outcome]:
+        asked.append(1)
+        return [one(1.0 + 1e-4)]
+
+    few = [one(1.0 + 1e-6), one(1.0)]
+    assert_same(one(1.0), one(1.0 + 3e-6), few, more=more)
+    assert not asked
+    assert_same(one(1.0), one(1.0 + 3e-4), few, more=more)
+    assert asked
+    with pytest.raises(AssertionError, match="grad_norm: off by"):
+        assert_same(one(1.0), one(1.0 + 5e-4), few, more=more)
