@@ -25,6 +25,7 @@ from .runs import Case, build, run, train
 TRL_HAS_FUSED_HEAD = hasattr(importlib.import_module("trl.trainer.grpo_trainer"), "add_fused_lm_head")
 
 _STOCK: WeakKeyDictionary[Case, tuple[Outcome, ...]] = WeakKeyDictionary()
+_MORE: WeakKeyDictionary[Case, tuple[Outcome, ...]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,13 @@ def stock(case: Case) -> tuple[Outcome, ...]:
     return _STOCK[case]
 
 
+def more(case: Case) -> tuple[Outcome, ...]:
+    """Further perturbed runs of stock, kept for the session."""
+    if case not in _MORE:
+        _MORE[case] = tuple(run(case, variant) for variant in MORE_VARIANTS)
+    return _MORE[case]
+
+
 def _drawing_as_stock(case: Case) -> dict[str, bool]:
     """Packed rows draw other random numbers for dropout than the padded batch, so numbers are compared without them."""
     dropout = getattr(case.peft(), "lora_dropout", 0.0) if case.peft is not None else 0.0
@@ -137,7 +145,7 @@ def check(case: Case, notes: tuple[str, ...] = (), *, late: bool = False) -> Pat
         ours = train(trainer or build(case))
     path.assert_ours(notes)
     assert any(ours.series["norm of the gradient"]), "no step was taken, or none had a gradient"
-    assert_same(plain, ours, perturbed, case.dtype, lambda: [run(case, variant) for variant in MORE_VARIANTS])
+    assert_same(plain, ours, perturbed, case.dtype, lambda: more(case))
     return path
 
 

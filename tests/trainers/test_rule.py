@@ -12,7 +12,7 @@ import torch
 
 from trl_turbo.patches.logprob import forward, fused_head
 
-from .parity import TRL_HAS_FUSED_HEAD, patched, stock
+from .parity import TRL_HAS_FUSED_HEAD, more, patched, stock
 from .rule import Outcome, assert_same, broken
 from .runs import Case, run
 
@@ -88,7 +88,7 @@ def test_planted_error_is_caught(trainer: str, error: Callable[..., Any]) -> Non
         finally:
             for change in reversed(wrong):
                 change.stop()
-    assert broken(plain, found, perturbed)
+    assert broken(plain, found, [*perturbed, *more(case)])
 
 
 @pytest.mark.skipif(not TRL_HAS_FUSED_HEAD, reason="TRL before 1.15 has no fused head of its own in these trainers")
@@ -128,14 +128,14 @@ def test_more_draws_are_asked_for_only_where_two_leave_it_open() -> None:
 
     asked: list[float] = []
 
-    def more() -> list[Outcome]:
+    def further() -> list[Outcome]:
         asked.append(1)
         return [one(1.0 + 1e-4)]
 
     few = [one(1.0 + 1e-6), one(1.0)]
-    assert_same(one(1.0), one(1.0 + 3e-6), few, more=more)
+    assert_same(one(1.0), one(1.0 + 3e-6), few, more=further)
     assert not asked
-    assert_same(one(1.0), one(1.0 + 3e-4), few, more=more)
+    assert_same(one(1.0), one(1.0 + 3e-4), few, more=further)
     assert asked
     with pytest.raises(AssertionError, match="grad_norm: off by"):
-        assert_same(one(1.0), one(1.0 + 5e-4), few, more=more)
+        assert_same(one(1.0), one(1.0 + 5e-4), few, more=further)
