@@ -104,3 +104,32 @@ def check(
             assert rms[0] <= (1 + allowed) * rms[1] + floor, name
         else:
             assert excess_error(mine, theirs, wanted, allowed) <= 1, name
+
+
+def check_far(found: list[torch.Tensor], case: Case, tensors: list[torch.Tensor], roundings: int = 4) -> None:
+    """No further from float64 than rounding of large scores explains, to first order.
+
+    A score of size s is known to s * 2^-24 after each rounding; so far, relatively, is its weight p. With lse, and with
+    the score that backward makes again, there are four. What follows of p in each result is summed without signs:
+    gradients of q and k are sums that cancel, and what is left of them says nothing of their error.
+    """
+    q, k, v, grad = (x.double() for x in tensors)
+    tokens, group = len(q), case.heads // case.key_heads
+    segments = case.segments(q.device.type)
+    each = torch.eye(tokens, dtype=q.dtype, device=q.device)[:, None].expand(-1, case.key_heads, -1)
+    p = reference.attention_reference(q, k, each, segments, case.spec)  # [N, heads, N]
+    keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->ihj", q, keys) * case.spec.scale
+    lost = roundings * 2.0**-24 * scores[p > 0].abs().amax()
+    dp = torch.einsum("ihd,jhd->ihj", grad, values)
+    ds = p * (dp.abs() + (p * dp.abs()).sum(-1, keepdim=True))
+    allowed = (
+        torch.einsum("ihj,jhd->ihd", p, values.abs()),
+        torch.einsum("ihj,jhd->ihd", ds, keys.abs()) * case.spec.scale,
+        torch.einsum("ihj,ihd->jhd", ds, q.abs()).unflatten(1, (-1, group)).sum(2) * case.spec.scale,
+        torch.einsum("ihj,ihd->jhd", p, grad.abs()).unflatten(1, (-1, group)).sum(2),
+    )
+    truth = by_autograd(reference.attention_reference, case, tensors, torch.float64)
+    for name, mine, wanted, far in zip(("o", "q", "k", "v"), found, truth, allowed, strict=True):
+        floor = 32 * 2.0**-23 * wanted.abs().amax()  # that of `excess_error`
+        assert ((mine - wanted).abs() <= lost * far + floor).all(), name
