@@ -7,9 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.kernels.attention.cases import CASES, SHARED, WIDTHS, Case, by_autograd, check, check_far
+from tests.kernels.attention.cases import CASES, SHARED, WIDTHS, Case, check, check_far
 from tests.kernels.poison import poisoned
-from trl_turbo.kernels.attention import passes, plan, reference
+from trl_turbo.kernels.attention import passes, plan
 from trl_turbo.kernels.attention.plan import Tile
 
 CUDA = torch.cuda.is_available()
