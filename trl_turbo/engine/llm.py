@@ -44,7 +44,6 @@ class TurboLLM(vllm.LLM):
     served: ServedEngine | None = None
     declined: str = ""
     _ids_only = False
-    _gathers = False
     _ranks: Any = None  # vLLM's group of those that hold this engine together, where there are several
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -249,21 +248,17 @@ class TurboLLM(vllm.LLM):
         Raises:
             WeightsMovedError: A weight changed its shape, dtype or device since the engine started.
         """
+        own = None
         if self._ranks is not None:
             prompts, own = gathered(prompts, self._ranks.cpu_group, self._ranks.rank_in_group)
-            if own is not None:
-                self._note_gathered()
-                return self._sampled(prompts, sampling_params, *args, **kwargs)[own]
-        return self._sampled(prompts, sampling_params, *args, **kwargs)
-
-    def _note_gathered(self) -> None:
-        if not self._gathers:
-            self._gathers = True
-            note(
-                "rollout",
-                "the ranks that hold one vLLM together ask it for different prompts, which TRL does not gather here: "
-                "they are sampled together, since shards cannot sample apart, and each rank takes its own answers",
-            )
+        if own is None:
+            return self._sampled(prompts, sampling_params, *args, **kwargs)
+        note(
+            "rollout",
+            "the ranks that hold one vLLM together ask it for different prompts, which TRL does not gather here: "
+            "they are sampled together, since shards cannot sample apart, and each rank takes its own answers",
+        )
+        return self._sampled(prompts, sampling_params, *args, **kwargs)[own]
 
     def _sampled(self, prompts: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         engine = self.shared or self.served
