@@ -6,6 +6,8 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +106,7 @@ def _train(
 
         scheduler.schedule = scheduled
     fold = served.fold if served is not None else None
-    # The adapter adds nothing yet
-    base = [layer.weight.clone() for layer in served.adapter.layers()] if fold is not None else []
+    base = _weights(llm) if fold is not None else []  # the adapter adds nothing yet
     sleep = llm.llm_engine.sleep
     llm.llm_engine.sleep = lambda level=1, *args, **kwargs: (levels.append(level), sleep(level, *args, **kwargs))
     generate = llm.generate
@@ -127,10 +128,10 @@ def _train(
         differs = served.compare(llm._sample)
     folds = None
     if fold is not None:
-        now = served.adapter.layers
-        changed = fold.folded and sum(not torch.equal(layer.weight, w) for layer, w in zip(now(), base, strict=True))
-        fold.restore()
-        folds = {"changed": changed, "restored": all(map(torch.equal, (layer.weight for layer in now()), base))}
+        changed = fold.folded and sum(not torch.equal(*pair) for pair in zip(_weights(llm), base, strict=True))
+        with _awake(llm):
+            fold.restore()
+        folds = {"changed": changed, "restored": all(map(torch.equal, _weights(llm), base))}
     found = {
         "differs": differs,
         "own": own,
@@ -155,6 +156,23 @@ def _train(
     trl_turbo.unpatch()
     gc.freeze()  # as in conftest.py: collected they were already
     return found
+
+
+@contextmanager
+def _awake(llm: Any) -> Iterator[None]:
+    """While open, vLLM's weights are in the device's memory, where sleep mode may have taken them out."""
+    asleep = llm.served.weights_asleep
+    if asleep:
+        llm.wake_up(["weights"])
+    yield
+    if asleep:
+        llm.sleep()
+
+
+def _weights(llm: Any) -> list[torch.Tensor]:
+    """A copy of each base weight that an adapter changes, this rank's part of it."""
+    with _awake(llm):
+        return [layer.weight.clone() for layer in llm.served.adapter.layers()]
 
 
 WHOLE = {"vllm_tensor_parallel_size": 1, "sharded": {}}
