@@ -55,7 +55,8 @@ def assert_pushed(found: dict[str, Any], bound: float) -> None:
     assert not found["copies"]
     assert len(found["gaps"]) == 3
     assert max(found["gaps"]) < bound, found["gaps"]
-    first, *more = found["notes"]
+    # On a GPU, others say which kernels decode steps run
+    first, *more = (note for note in found["notes"] if not note.startswith("decode steps"))
     assert "the adapter alone" in first
     assert all("served unmerged from now on" in note for note in more), more
 
