@@ -139,6 +139,7 @@ def test_zero_pushes_the_adapter_alone(tmp_path: Path) -> None:
         for label, stage in rank.items():
             assert stage["served"], stage["declined"]
             assert set(stage["sharded"]) == {label == "zero 3"}
+            assert stage["folded"] is (label == "zero 3")
             assert min(stage["stale"]) > 1e-2, stage  # control: before the push
             assert max(stage["pushed"]) < 1e-3, stage
     assert result.returncode == 0, result.stderr[-4000:]
