@@ -83,7 +83,8 @@ def main(out: Path) -> None:
     deepspeed.init_distributed("gloo")
     # More is lost to rounding at the larger rate than is remembered, and the adapter would be served
     applied = {3: ("merged", 8e-3), 2: ("served", 2e-2)}
-    torch.save({f"zero {stage}": _train(folder, stage, *how) for stage, how in applied.items()}, out / f"rank-{rank}.pt")
+    trained = {f"zero {stage}": _train(folder, stage, *how) for stage, how in applied.items()}
+    torch.save(trained, out / f"rank-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
