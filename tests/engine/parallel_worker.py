@@ -128,10 +128,10 @@ def _train(
         differs = served.compare(llm._sample)
     folds = None
     if fold is not None:
-        changed = fold.folded and sum(not torch.equal(*pair) for pair in zip(_weights(llm), base, strict=True))
         with _awake(llm):
+            changed = fold.folded and sum(not torch.equal(*pair) for pair in zip(_weights(llm), base, strict=True))
             fold.restore()
-        folds = {"changed": changed, "restored": all(map(torch.equal, _weights(llm), base))}
+            folds = {"changed": changed, "restored": all(map(torch.equal, _weights(llm), base))}
     found = {
         "differs": differs,
         "own": own,
